@@ -1,0 +1,85 @@
+"""Pytest reads the notebooks: every `nbs/**/*.ipynb` is one test item, run cell by cell by nbdev's engine in a fresh namespace.
+
+`#| slow` and `#| cuda` cells (and tests with these marks) are skipped unless `--slow` / `--cuda` is given.
+"""
+import os
+import traceback
+
+import pytest
+
+FLAGS = ('slow', 'cuda')
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='also run cells and tests marked slow')
+    parser.addoption('--cuda', action='store_true', help='also run cells and tests that need a GPU')
+
+
+def pytest_configure(config):
+    if config.getoption('--cuda'):
+        import torch
+        if not torch.cuda.is_available(): raise pytest.UsageError('--cuda: torch sees no GPU on this machine')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for flag in FLAGS:
+            if flag in item.keywords and not config.getoption(f'--{flag}'):
+                item.add_marker(pytest.mark.skip(reason=f'needs --{flag}'))
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix == '.ipynb' and '.ipynb_checkpoints' not in file_path.parts:
+        return Notebook.from_parent(parent, path=file_path)
+
+
+class Notebook(pytest.File):
+    def collect(self): yield NotebookItem.from_parent(self, name=self.path.stem)
+
+
+class CellFailed(Exception):
+    "A cell raised: which one, at which of its lines, and what"
+    def __init__(self, path, number, cell, exc):
+        self.path, self.number, self.cell, self.exc = path, number, cell, exc
+
+    def line(self):
+        "1-based line in the cell: the deepest frame that belongs to it"
+        if isinstance(self.exc, SyntaxError): return self.exc.lineno or 1
+        frames = [f for f in traceback.extract_tb(self.exc.__traceback__) if 'ipython-input' in f.filename]
+        lines = self.cell.source.count('\n') + 1
+        return next((f.lineno for f in frames if f.name in ('<module>', '<cell line: 1>') and f.lineno <= lines),
+                    frames[0].lineno if frames else 1)
+
+    def __str__(self):
+        at, src = self.line(), self.cell.source.splitlines()
+        shown = '\n'.join(f"{'>' if n == at else ' '} {n:3d}  {s}" for n, s in enumerate(src, 1) if abs(n - at) < 8)
+        tb = ''.join(traceback.format_exception(type(self.exc), self.exc, self.exc.__traceback__)[-6:])
+        return (f'{self.path}: cell {self.number} (id {self.cell.get("id", "?")}), line {at}: '
+                f'{type(self.exc).__name__}: {self.exc}\n{shown}\n\n{tb}')
+
+
+class NotebookItem(pytest.Item):
+    def runtest(self):
+        import matplotlib
+        matplotlib.use('agg')
+        from execnb.shell import CaptureShell
+        from fastcore.xtras import working_directory
+        from nbdev.frontmatter import FrontmatterProc
+        from nbdev.process import NBProcessor
+        os.environ['IN_TEST'] = '1'
+        skip = {f for f in FLAGS if not self.config.getoption(f'--{f}')}
+        nb = NBProcessor(self.path, procs=FrontmatterProc, process=True).nb
+        shell = CaptureShell(self.path, mpl_format=None)
+        with working_directory(self.path.parent):
+            for number, cell in enumerate(nb.cells, 1):
+                if cell.cell_type != 'code' or 'nbdev_export(' in cell.source: continue
+                directives = getattr(cell, 'directives_', None) or {}
+                if skip & directives.keys() or directives.get('eval:', [''])[0].lower() == 'false': continue
+                shell.run(cell.source)
+                if shell.exc: raise CellFailed(self.path.relative_to(self.config.rootpath), number, cell, shell.exc)
+        matplotlib.pyplot.close('all')
+
+    def repr_failure(self, excinfo, style=None):
+        return str(excinfo.value) if isinstance(excinfo.value, CellFailed) else super().repr_failure(excinfo, style)
+
+    def reportinfo(self): return self.path, 0, f'notebook {self.path.relative_to(self.config.rootpath)}'

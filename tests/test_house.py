@@ -1,0 +1,117 @@
+"The house rules: package equals notebooks, notebooks are clean, and the hard limits of the style hold."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+DIRECTIVE = re.compile(r'^\s*#\s*\|\s*([\w-]+)')
+TEST = re.compile(r'^\s*(assert\b|test_\w+\(|with (expect_fail|pytest\.raises)|torch\.testing\.|np\.testing\.)')
+
+
+def source(cell): return ''.join(cell['source'])
+def directives(cell): return {m[1] for line in source(cell).splitlines()[:6] if (m := DIRECTIVE.match(line))}
+def name(path): return str(path.relative_to(ROOT / 'nbs'))
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the project in which the package is exported and the notebooks are cleaned anew"
+    d = tmp_path_factory.mktemp('copy')
+    for f in ('settings.ini', 'pyproject.toml', 'setup.py'): shutil.copy(ROOT / f, d)
+    shutil.copytree(ROOT / 'nbs', d / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    shutil.copytree(ROOT / 'reidnb', d / 'reidnb', ignore=shutil.ignore_patterns('__pycache__'))
+    for f in (d / 'reidnb').rglob('*.py'):
+        if f.name != '__init__.py': f.unlink()
+    code = 'from nbdev.export import nbdev_export; nbdev_export(); from nbdev.clean import nbdev_clean; nbdev_clean()'
+    subprocess.run([sys.executable, '-c', code], cwd=d, check=True)
+    return d
+
+
+def test_package_equals_notebooks(copy):
+    def modules(root): return {p.relative_to(root).as_posix(): p.read_text() for p in (root / 'reidnb').rglob('*.py')}
+    here, there = modules(ROOT), modules(copy)
+    differ = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+    assert not differ, f'run nbdev_export and commit; these differ from what the notebooks export: {differ}'
+
+
+def test_notebooks_are_clean(copy):
+    dirty = [name(p) for p in NOTEBOOKS if p.read_text() != (copy / 'nbs' / name(p)).read_text()]
+    assert not dirty, f'run nbdev_clean and commit: {dirty}'
+
+
+def exported(cells):
+    "Exported cells with their syntax trees"
+    return [(c, ast.parse(source(c))) for c in cells if directives(c) & {'export', 'exports', 'exporti'}]
+
+
+def public(tree):
+    return [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+
+
+def undocumented(fn, lines):
+    args = [a for a in fn.args.posonlyargs + fn.args.args + fn.args.kwonlyargs if a.arg not in ('self', 'cls')]
+    return [a.arg for a in args if '#' not in lines[a.lineno - 1]]
+
+
+def faults(path):
+    "Every hard limit that a notebook breaks, in words"
+    text = path.read_text()
+    cells = json.loads(text)['cells']
+    code = [c for c in cells if c['cell_type'] == 'code' and source(c).strip()]
+    out = []
+    def limit(what, value, most): out.append(f'{value} {what}, limit {most}') if value > most else None
+    limit('cells', len(cells), 110)
+    limit('bytes', len(text.encode()), 300_000 if {'methods', 'tutorials'} & set(path.parts) else 150_000)
+    limit('hidden cells', sum('hide' in directives(c) for c in code), 8)
+    limit('characters in a line', max((len(s) for c in code for s in source(c).splitlines()), default=0), 110)
+    markdown = sum(c['cell_type'] == 'markdown' for c in cells) / len(cells)
+    if markdown < .25: out.append(f'{markdown:.0%} markdown, at least 25 %')
+    symbols, tests = 0, sum(bool(TEST.match(s)) for c in code for s in source(c).splitlines())
+    for c, tree in exported(code):
+        lines = source(c).splitlines()
+        limit('lines in an exported cell', sum(bool(s.strip()) and not DIRECTIVE.match(s) for s in lines), 40)
+        for n in public(tree):
+            symbols += 1
+            if not ast.get_docstring(n): out.append(f'{n.name} has no docstring')
+            functions = [n] if isinstance(n, ast.FunctionDef) else [f for f in n.body if getattr(f, 'name', '') == '__init__']
+            out += [f'{n.name}({a}) has no docment' for f in functions for a in undocumented(f, lines)]
+    limit('exported symbols', symbols, 15)
+    if tests < symbols: out.append(f'{tests} tests for {symbols} exported symbols')
+    if any(o['output_type'] == 'error' for c in code for o in c.get('outputs', [])): out.append('a saved error output')
+    if any(s in text for s in ('/work/', '/root/', '/home/', '/tmp/')): out.append('a path of somebody\'s machine')
+    return out
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_hard_limits(path): assert not faults(path)
+
+
+def test_numbers_never_repeat():
+    "Notebook numbers order the book: unique inside a folder, two digits, and not in the title"
+    for folder in {p.parent for p in NOTEBOOKS}:
+        numbers = [p.name[:2] for p in NOTEBOOKS if p.parent == folder and p.name[0].isdigit()]
+        assert len(numbers) == len(set(numbers)), f'{folder.name}: {sorted(numbers)}'
+
+
+def test_import_needs_no_notebook_tools():
+    "`import reidnb` and its public modules load without nbdev, jupyter or IPython"
+    mods = [p.stem for p in (ROOT / 'reidnb').glob('*.py') if not p.stem.startswith('_') and p.stem != 'nbsetup']
+    code = ('import sys\nfor m in ("nbdev","execnb","IPython","jupyterlab","notebook"): sys.modules[m]=None\n'
+            'import reidnb\n' + ''.join(f'import reidnb.{m}\n' for m in mods))
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+
+
+def test_every_public_name_is_indexed():
+    "The nbdev index knows every exported function, so links in the docs resolve"
+    index = (ROOT / 'reidnb' / '_modidx.py').read_text()
+    for path in NOTEBOOKS:
+        cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+        for c, tree in exported(cells):
+            for n in public(tree): assert f'.{n.name}' in index, f'{n.name} of {name(path)} is not in _modidx.py'
