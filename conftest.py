@@ -62,18 +62,19 @@ class NotebookItem(pytest.Item):
     def runtest(self):
         import matplotlib
         matplotlib.use('agg')
+        from execnb.nbio import read_nb
         from execnb.shell import CaptureShell
         from fastcore.xtras import working_directory
-        from nbdev.frontmatter import FrontmatterProc
-        from nbdev.process import NBProcessor
-        os.environ['IN_TEST'] = '1'
+        from nbdev.process import extract_directives
+        os.environ['IN_TEST'] = '1'   # nbdev and fastcore read this: no export from inside a test
         skip = {f for f in FLAGS if not self.config.getoption(f'--{f}')}
-        nb = NBProcessor(self.path, procs=FrontmatterProc, process=True).nb
+        nb = read_nb(self.path)
         shell = CaptureShell(self.path, mpl_format=None)
+        self.addfinalizer(lambda: os.environ.pop('IN_TEST', None))
         with working_directory(self.path.parent):
             for number, cell in enumerate(nb.cells, 1):
                 if cell.cell_type != 'code' or 'nbdev_export(' in cell.source: continue
-                directives = getattr(cell, 'directives_', None) or {}
+                directives = extract_directives(cell, remove=False)
                 if skip & directives.keys() or directives.get('eval:', [''])[0].lower() == 'false': continue
                 shell.run(cell.source)
                 if shell.exc: raise CellFailed(self.path.relative_to(self.config.rootpath), number, cell, shell.exc)

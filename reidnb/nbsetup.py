@@ -24,14 +24,16 @@ def setup(
     "Set the house style of figures and printed tensors"
     mpl.rcParams.update({
         'svg.hashsalt': 'reidnb', 'svg.fonttype': 'none', 'axes.prop_cycle': cycler(color=PALETTE),
-        'figure.figsize': (6, 2.6), 'figure.dpi': 80, 'savefig.dpi': 80, 'figure.constrained_layout.use': True,
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 10, 'axes.labelsize': 9,
-        'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8, 'legend.frameon': False})
+        'figure.figsize': (6, 2.6), 'figure.dpi': 80, 'savefig.dpi': 80,
+        'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False,
+        'axes.titlesize': 10, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
+        'legend.fontsize': 8, 'legend.frameon': False})
     torch.set_printoptions(precision=3, sci_mode=False)
     ip = get_ipython()
     if ip is None or not hasattr(ip, 'kernel'): return
     ip.run_line_magic('config', "InlineBackend.figure_formats=['svg']")
-    ip.run_line_magic('config', "InlineBackend.print_figure_kwargs={'bbox_inches':None,'metadata':{'Date':None}}")
+    keep = {'bbox_inches': None, 'metadata': {'Date': None}}
+    ip.run_line_magic('config', f'InlineBackend.print_figure_kwargs={keep}')
 
 # %% ../nbs/00_nbsetup.ipynb #e1f8043a
 def show_image(

@@ -29,7 +29,7 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT / 'reidnb', d / 'reidnb', ignore=shutil.ignore_patterns('__pycache__'))
     for f in (d / 'reidnb').rglob('*.py'):
         if f.name != '__init__.py': f.unlink()
-    code = 'from nbdev.export import nbdev_export; nbdev_export(); from nbdev.clean import nbdev_clean; nbdev_clean()'
+    code = 'from nbdev.doclinks import nbdev_export; nbdev_export(); from nbdev.clean import nbdev_clean; nbdev_clean()'
     subprocess.run([sys.executable, '-c', code], cwd=d, check=True)
     return d
 
