@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -41,27 +40,33 @@ def _column(
     if dtype is None: return a
     if a.ndim!=1: raise ValueError(f"column {name!r} has shape {a.shape}: give one value an image")
     if n and a.dtype.kind not in 'iufb':
-        raise ValueError(f"column {name!r} holds {a[0]!r}, not a number: `reidnb.folders` maps names to numbers")
-    out = a.astype(dtype) if dtype==np.float64 or not a.dtype.kind=='f' else _whole(name, a)
+        raise ValueError(f"column {name!r} holds {a[0]!r}, not a number: "
+                         "the loaders of `reidnb.folders` map names to numbers")
+    out = _whole(name, a) if dtype==np.int64 else a.astype(dtype)
     if dtype==np.int64 and n and out.min()<unknown:
-        raise ValueError(f"column {name!r} holds {out.min()} in row {out.argmin()}: the least allowed is {unknown}")
+        raise ValueError(f"column {name!r} holds {out.min()} in row {out.argmin()}: "
+                         f"the least allowed is {unknown}")
     return out
 
+# %% ../nbs/data/10_crops.ipynb #eb548a0b
 def _whole(
     name:str, # Name of the column, for the message
     a:np.ndarray, # Numbers that must be whole
 )->np.ndarray: # The same as int64
-    "Turn whole floats into integers"
-    bad = np.flatnonzero(~np.isfinite(a) | (a!=np.round(a)))
-    if len(bad): raise ValueError(f"column {name!r} holds {a[bad[0]]} in row {bad[0]}: whole numbers only")
+    "Turn whole numbers of any type into integers"
+    bad = np.flatnonzero(~np.isfinite(a) | (a!=np.round(a))) if a.dtype.kind=='f' else []
+    if len(bad):
+        raise ValueError(f"column {name!r} holds {a[bad[0]]} in row {bad[0]}: whole numbers only")
     return a.astype(np.int64)
 
+# %% ../nbs/data/10_crops.ipynb #3de355cb
 def _image_list(
     images, # Paths, encoded bytes, or pixels
 )->list|np.ndarray: # The same with paths as text
     "Check the images of a table"
     if isinstance(images, (str, bytes, os.PathLike)):
-        raise ValueError(f"images is one {type(images).__name__}: give a list, or use `reidnb.folders.from_folder`")
+        raise ValueError(f"images is one {type(images).__name__}: give a list, "
+                         "or use `reidnb.folders.from_folder`")
     if isinstance(images, torch.Tensor): images = images.numpy()
     if isinstance(images, np.ndarray) and images.dtype.kind not in 'UO':
         if images.dtype!=np.uint8 or images.ndim!=4 or images.shape[3]!=3:
@@ -69,19 +74,20 @@ def _image_list(
         return images
     return [os.fspath(x) if isinstance(x, (str, os.PathLike)) else x for x in images]
 
-# %% ../nbs/data/10_crops.ipynb #eb548a0b
+# %% ../nbs/data/10_crops.ipynb #0f4db0c7
 class Crops:
     "A table of person crops: images and, aligned with them, ids, cameras, seconds, tracks"
     def __init__(self,
-        images, # List of paths, list of encoded images (bytes), or pixels uint8 `(N,H,W,3)`
+        images, # List of paths, of encoded images (bytes), or pixels uint8 `(N,H,W,3)`
         pids=None, # Person ids, int `(N,)`; 0 distractor, -1 junk, -2 unknown; None: all unknown
         cams=None, # Cameras from 0, int `(N,)`; -1 or None: unknown
         times=None, # Seconds on the network's clock, float `(N,)`; NaN or None: unknown
         tracks=None, # Track of each crop, int `(N,)`; -1 or None: unknown
         extra=None, # Further aligned columns, name -> array of length `N`
         name='', # Name to show
+        notes=(), # What was left out or noticed at loading, one sentence each
     ):
-        self.images, self.name = _image_list(images), name
+        self.images, self.name, self.notes = _image_list(images), name, list(notes)
         n = len(self.images)
         self.pids = _column('pids', pids, n, np.int64, UNKNOWN)
         self.cams = _column('cams', cams, n, np.int64, -1)
@@ -90,11 +96,11 @@ class Crops:
         self.extra = {k: _column(k, v, n) for k,v in (extra or {}).items()}
 
     def __len__(self): return len(self.images)
-    n_ids = property(lambda s: len(np.unique(s.pids[s.pids>0])), doc="Number of people (ids above 0)")
+    n_ids = property(lambda s: len(np.unique(s.pids[s.pids>0])), doc="Number of people")
     n_cams = property(lambda s: len(np.unique(s.cams[s.cams>=0])), doc="Number of known cameras")
-    has_cams = property(lambda s: len(s)>0 and bool((s.cams>=0).all()), doc="Every crop has a camera")
-    has_times = property(lambda s: bool(np.isfinite(s.times).any()), doc="Some crop has a time")
-    labelled = property(lambda s: bool((s.pids>0).any()), doc="Some crop has a person id")
+    has_cams = property(lambda s: len(s)>0 and bool((s.cams>=0).all()), doc="All have a camera")
+    has_times = property(lambda s: bool(np.isfinite(s.times).any()), doc="Some have a time")
+    labelled = property(lambda s: bool((s.pids>0).any()), doc="Some have a person id")
 
 # %% ../nbs/data/10_crops.ipynb #4ec7f7aa
 @patch
@@ -104,15 +110,27 @@ def __getitem__(self:Crops,
     "Select rows"
     if isinstance(rows, slice): rows = np.arange(len(self))[rows]
     rows = np.asarray(rows)
-    if rows.ndim!=1: raise TypeError(f"rows {rows!r}: use crops.image(i) for an image, crops[[i]] for a table")
+    if rows.ndim!=1:
+        raise TypeError(f"rows {rows!r}: crops.image(i) is an image, crops[[i]] a table of one")
     if rows.dtype==bool and len(rows)!=len(self):
         raise ValueError(f"mask has {len(rows)} values for {len(self)} crops")
     rows = np.flatnonzero(rows) if rows.dtype==bool else _whole('rows', rows)
     if len(rows) and not (-len(self)<=rows.min() and rows.max()<len(self)):
         raise IndexError(f"row {rows[np.abs(rows).argmax()]} of a table of {len(self)} crops")
-    images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[i] for i in rows]
+    pixels = isinstance(self.images, np.ndarray)
+    images = self.images[rows] if pixels else [self.images[i] for i in rows]
+    columns = [getattr(self, k)[rows] for k in ('pids', 'cams', 'times', 'tracks')]
     extra = {k: v[rows] for k,v in self.extra.items()}
-    return Crops(images, self.pids[rows], self.cams[rows], self.times[rows], self.tracks[rows], extra, self.name)
+    return Crops(images, *columns, extra, self.name, self.notes)
+
+# %% ../nbs/data/10_crops.ipynb #c2089721
+@patch
+def replace(self:Crops,
+    **columns, # Arguments of `Crops` to change, such as `pids` or `name`
+)->Crops: # A new table that shares the unchanged columns
+    "Copy a table with some columns changed"
+    names = ('images', 'pids', 'cams', 'times', 'tracks', 'extra', 'name', 'notes')
+    return Crops(**{k: getattr(self, k) for k in names} | columns)
 
 # %% ../nbs/data/10_crops.ipynb #46a236f7
 @patch
@@ -140,11 +158,13 @@ def image(self:Crops,
     try:
         with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as im:
             return ImageOps.exif_transpose(im).convert('RGB')
-    except FileNotFoundError: raise FileNotFoundError(f"image {item} is missing: was the folder moved after loading?")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {item} is missing: was the folder moved after loading?")
     except Exception as e:
         where = item if isinstance(item, str) else f"{self.file_name(i)} (row {i} of {self.name!r})"
-        size = len(item) if isinstance(item, bytes) else os.path.getsize(item) if os.path.isfile(item) else 0
-        raise ValueError(f"cannot read image {where} ({size} bytes): {e or type(e).__name__}; remove or replace it") from e
+        size = len(item) if isinstance(item, bytes) else os.path.getsize(item)
+        raise ValueError(f"cannot read image {where} ({size} bytes): {str(e) or type(e).__name__}; "
+                         "remove or replace it") from e
 
 # %% ../nbs/data/10_crops.ipynb #0036c2d2
 @patch
@@ -162,13 +182,23 @@ def fingerprint(self:Crops,
     "Short hash of names or bytes, ids, cameras and times"
     h = hashlib.sha256()
     for i,item in enumerate(self.images):
-        data = self.file_name(i).encode() if isinstance(item, str) else item if isinstance(item, bytes) \
-            else np.ascontiguousarray(item).tobytes()
-        h.update(len(data).to_bytes(8, 'little')+data)
+        if isinstance(item, str): item = os.fsencode(self.file_name(i))
+        elif isinstance(item, np.ndarray): item = item.tobytes()
+        h.update(len(item).to_bytes(8, 'little')+item)
     for a in (self.pids, self.cams, self.times): h.update(np.ascontiguousarray(a).tobytes())
     return h.hexdigest()[:12]
 
 # %% ../nbs/data/10_crops.ipynb #9ab8344c
+def _at_height(
+    image, # PIL image or uint8 array `(H,W,3)`
+    height:int, # Pixels
+)->Image.Image: # RGB, at most three times as wide as high
+    "Scale an image to a height"
+    if not isinstance(image, Image.Image): image = Image.fromarray(np.asarray(image))
+    width = min(max(1, round(image.width*height/image.height)), 3*height)
+    return image.convert('RGB').resize((width, height), Image.BILINEAR)
+
+# %% ../nbs/data/10_crops.ipynb #ce31a12a
 def contact_sheet(
     images, # PIL images or uint8 arrays `(H,W,3)`
     ncol:int=10, # Images in a row
@@ -181,42 +211,45 @@ def contact_sheet(
     for what,given in (('frames', frames), ('labels', labels)):
         if given is not None and len(given)!=len(images):
             raise ValueError(f"{len(given)} {what} for {len(images)} images: give one each")
-    pil = [Image.fromarray(np.asarray(x)) if not isinstance(x, Image.Image) else x for x in images]
-    pil = [x.convert('RGB').resize((min(max(1, round(x.width*height/x.height)), 3*height), height)) for x in pil]
-    font, edge = ImageFont.load_default(), 3
-    text = [] if labels is None else [str(x) for x in labels]
-    w = max([x.width for x in pil]+[int(font.getlength(t)) for t in text])+2*edge
-    h = height+2*edge+(font.getbbox('Ag')[3]+2 if text else 0)
+    pil = [_at_height(x, height) for x in images]
+    text, font, e = [str(x) for x in labels or []], ImageFont.load_default(), 3
+    w = max([x.width for x in pil]+[int(font.getlength(t)) for t in text])+2*e+1
+    h = height+2*e+1+(font.getbbox('Ag')[3]+2 if text else 0)
     sheet = Image.new('RGB', (w*min(ncol, len(pil)), h*-(-len(pil)//ncol)), 'white')
     draw = ImageDraw.Draw(sheet)
     for k,x in enumerate(pil):
-        left, top = w*(k%ncol)+(w-x.width)//2, h*(k//ncol)+edge
+        left, top = w*(k%ncol)+(w-x.width)//2, h*(k//ncol)+e
         if frames is not None and frames[k] is not None:
-            draw.rectangle((left-edge, top-edge, left+x.width+edge-1, top+height+edge-1), fill=frames[k])
+            draw.rectangle((left-e, top-e, left+x.width+e-1, top+height+e-1), fill=frames[k])
         sheet.paste(x, (left, top))
-        if text: draw.text((w*(k%ncol)+w//2, top+height+edge), text[k], fill='black', font=font, anchor='ma')
+        if text: draw.text((w*(k%ncol)+w//2-font.getlength(text[k])/2, top+height+e), text[k],
+                           fill='black', font=font)
     return sheet
 
 # %% ../nbs/data/10_crops.ipynb #c77c8840
-_hues = ['#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#bbbbbb', '#332288', '#ddaa66']
+_hues = ['#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#bbbbbb', '#332288',
+         '#ddaa66']
+_skins = ['#e0b090', '#8d5a3a', '#c68a60']
 
 def _figure(
     pid:int, # Person, chooses the clothes
     cam:int, # Camera, chooses background and brightness
-    shift:int, # Shift of the person to the right, pixels
     height:int, # Height of the image, pixels; it is half as wide
+    rng, # Draws place, stride and light
 )->bytes: # JPEG
     "Draw one toy person"
     w, h = height//2, height
+    shift, stride, light = rng.uniform(-.12, .12)*w, rng.uniform(-.08, .12), rng.uniform(.88, 1)
     im = Image.new('RGB', (w, h), tuple(int(70+(37*(cam+1)*k)%110) for k in (3, 5, 7)))
-    d, box = ImageDraw.Draw(im), lambda *b: [b[0]*w+shift, b[1]*h, b[2]*w+shift, b[3]*h]
+    d = ImageDraw.Draw(im)
+    def box(x0, y0, x1, y1): return [x0*w+shift, y0*h, x1*w+shift, y1*h]
     shirt, legs = _hues[pid%9], _hues[(pid//9+pid*4+3)%9]
-    d.rectangle(box(0, .85, 2, 1), fill='#777777')
-    d.rectangle(box(.32, .52, .47, .92), fill=legs)
-    d.rectangle(box(.53, .52, .68, .92), fill=legs)
+    d.rectangle([0, int(.85*h), w, h], fill='#777777')
+    d.rectangle(box(.32-stride, .52, .47-stride, .92), fill=legs)
+    d.rectangle(box(.53+stride, .52, .68+stride, .92), fill=legs)
     d.rounded_rectangle(box(.22, .22, .78, .56), radius=w*.1, fill=shirt)
-    d.ellipse(box(.37, .05, .63, .21), fill=['#e0b090', '#8d5a3a', '#c68a60'][pid%3])
-    im = Image.fromarray((np.asarray(im)*(1-.12*(cam%4))).astype(np.uint8))
+    d.ellipse(box(.37, .05, .63, .21), fill=_skins[pid%3])
+    im = Image.fromarray((np.asarray(im)*light*(1-.12*(cam%4))).astype(np.uint8))
     out = io.BytesIO(); im.save(out, 'JPEG', quality=92)
     return out.getvalue()
 
@@ -232,9 +265,8 @@ def toy_crops(
     "Draw a small labelled table for examples and tests"
     rng = np.random.default_rng(seed)
     pids, cams, k = (x.ravel() for x in np.mgrid[1:n_ids+1, 0:n_cams, 0:n_each])
-    shifts = rng.integers(-height//16, height//16+1, len(pids))
     times = (rng.uniform(0, 60, n_ids)[pids-1] + 30*cams + k).round(2)
-    images = [_figure(int(p), int(c), int(s), height) for p,c,s in zip(pids, cams, shifts)]
+    images = [_figure(int(p), int(c), height, rng) for p,c in zip(pids, cams)]
     return Crops(images, pids, cams, times, tracks=(pids-1)*n_cams+cams, name=name)
 
 # %% ../nbs/data/10_crops.ipynb #1ab93660
@@ -244,11 +276,14 @@ def _counts(
     "The facts about a table as text"
     if crops is None: return dict(images='-', ids='-', cameras='-', seconds='-')
     t = crops.times[np.isfinite(crops.times)]
-    special = [f"{n:,} {w}" for w,v in (('distractors', 0), ('junk', -1), ('unlabelled', -2)) if (n := int((crops.pids==v).sum()))]
-    return dict(images=f"{len(crops):,}", ids=f"{crops.n_ids:,}" + (f" + {', '.join(special)}" if special else ''),
+    ids = [f"{crops.n_ids:,}"]
+    for word,pid in (('distractors', DISTRACTOR), ('junk', JUNK), ('unlabelled', UNKNOWN)):
+        if n := int((crops.pids==pid).sum()): ids.append(f"{n:,} {word}")
+    return dict(images=f"{len(crops):,}", ids=' + '.join(ids),
                 cameras=str(crops.n_cams) if crops.n_cams else 'unknown',
                 seconds=f"{t.min():,.1f} to {t.max():,.1f}" if len(t) else 'unknown')
 
+# %% ../nbs/data/10_crops.ipynb #5db03a74
 def _strip(
     crops, # A table
     n:int=12, # Samples, spread over the table
@@ -263,21 +298,23 @@ def _strip(
     contact_sheet([tile(i) for i in rows], ncol=n, height=height).save(out, 'JPEG', quality=80)
     return f"![samples](data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()})"
 
-# %% ../nbs/data/10_crops.ipynb #5db03a74
+# %% ../nbs/data/10_crops.ipynb #80d5f0a7
 @patch
 def __repr__(self:Crops,
 )->str: # One line
     "Counts in one line"
     c = _counts(self)
-    return f"Crops {self.name!r}: {c['images']} images, {c['ids']} ids, {c['cameras']} cameras, seconds {c['seconds']}"
+    return (f"Crops {self.name!r}: {c['images']} images, ids {c['ids']}, cameras {c['cameras']}, "
+            f"seconds {c['seconds']}")
 
 @patch
 def _repr_markdown_(self:Crops,
 )->str: # Markdown with a strip of samples
     "Counts and a strip of samples for a notebook"
     c = _counts(self)
-    head = f"**{self.name or 'Crops'}**: {c['images']} images, {c['ids']} ids, cameras {c['cameras']}, seconds {c['seconds']}"
-    return f"{head}\n\n{_strip(self)}"
+    facts = f"{c['images']} images, ids {c['ids']}, cameras {c['cameras']}, seconds {c['seconds']}"
+    notes = ''.join(f"* {n}\n" for n in self.notes)
+    return f"**{self.name or 'Crops'}**: {facts}\n\n{notes}\n{_strip(self)}"
 
 # %% ../nbs/data/10_crops.ipynb #756eec80
 def _name_clash(
@@ -288,9 +325,12 @@ def _name_clash(
     "Find a number that stands for two names"
     if f'raw_{column}' not in a.extra or f'raw_{column}' not in b.extra: return ''
     names = [dict(zip(getattr(x, column+'s').tolist(), x.extra[f'raw_{column}'].tolist())) for x in (a, b)]
-    bad = [k for k in names[0] if k>=0 and k in names[1] and names[0][k]!=names[1][k]]
-    return f"{column} {bad[0]} is {names[0][bad[0]]!r} in one table and {names[1][bad[0]]!r} in the other" if bad else ''
+    bad = [k for k in names[0] if k>=0 and names[1].get(k, names[0][k])!=names[0][k]]
+    if not bad: return ''
+    one, other = (x[bad[0]] for x in names)
+    return f"{column} {bad[0]} is {one!r} in one table and {other!r} in the other"
 
+# %% ../nbs/data/10_crops.ipynb #8efb3634
 def _fill(
     like:np.ndarray, # A column of the other table
     n:int, # Rows
@@ -299,7 +339,7 @@ def _fill(
     value = {'f': np.nan, 'i': -1, 'U': '', 'S': b'', 'O': None}.get(like.dtype.kind, 0)
     return np.full((n, *like.shape[1:]), value, like.dtype)
 
-# %% ../nbs/data/10_crops.ipynb #8efb3634
+# %% ../nbs/data/10_crops.ipynb #8824d1d5
 def concat(
     *tables:Crops, # Tables to join, at least one
     name:str=None, # Name of the result; None: the first table's
@@ -310,21 +350,24 @@ def concat(
         for b in tables[i+1:]:
             clash = _name_clash(a, b) or _name_clash(a, b, 'cam')
             if clash: raise ValueError(f"{clash}: number them together with `reidnb.folders.make_data`")
-    pixels = all(isinstance(t.images, np.ndarray) for t in tables) and len({t.images.shape[1:] for t in tables})==1
-    images = np.concatenate([t.images for t in tables]) if pixels else [x for t in tables for x in t.images]
-    col = lambda k: np.concatenate([getattr(t, k) for t in tables])
-    keys = {k: v for t in tables for k,v in t.extra.items()}
-    extra = {k: np.concatenate([t.extra[k] if k in t.extra else _fill(v, len(t)) for t in tables]) for k,v in keys.items()}
-    return Crops(images, col('pids'), col('cams'), col('times'), col('tracks'), extra,
-                 tables[0].name if name is None else name)
+    shapes = {t.images.shape[1:] if isinstance(t.images, np.ndarray) else None for t in tables}
+    if len(shapes)==1 and None not in shapes: images = np.concatenate([t.images for t in tables])
+    else: images = [x for t in tables for x in t.images]
+    columns = [np.concatenate([getattr(t, k) for t in tables])
+               for k in ('pids', 'cams', 'times', 'tracks')]
+    like = {k: v for t in tables for k,v in t.extra.items()}
+    extra = {k: np.concatenate([t.extra[k] if k in t.extra else _fill(v, len(t)) for t in tables])
+             for k,v in like.items()}
+    notes = list(dict.fromkeys(n for t in tables for n in t.notes))
+    return Crops(images, *columns, extra, tables[0].name if name is None else name, notes)
 
 # %% ../nbs/data/10_crops.ipynb #058e748d
 class CropDataset(Dataset):
     "Crops as a torch dataset of (image, row)"
     def __init__(self,
         crops:Crops, # The table
-        transform=None, # Callable from a PIL image to what the loader stacks; None: float `(3,H,W)` in `[0,1]`
-        seed:int=None, # Draw augmentation by (seed, epoch, row); None: the ordinary random state
+        transform=None, # PIL image -> what a batch stacks; None: float `(3,H,W)` in `[0,1]`
+        seed:int=None, # Draw by (seed, epoch, row); None: the ordinary random state
     ):
         self.crops, self.transform, self.seed = crops, transform or _to_tensor, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -358,46 +401,64 @@ class ReIDData:
     query:Crops=None # One search each
     gallery:Crops=None # What is searched
     name:str='' # Name to show
-    licence:str='' # Terms of use in a line
+    licence:str='' # Terms of use, one line
     notes:list=field(default_factory=list) # What a reader of results must know, one sentence each
     cross_camera:bool=True # A query's person in the query's camera is left out of its ranking
     dropped:dict=field(default_factory=dict) # What was left out at loading -> how many
 
-    subsets = property(lambda s: {k: getattr(s, k) for k in ('train', 'query', 'gallery')}, doc="Name -> table or None")
-    def need(self,
-        *names:str, # Of 'train', 'query', 'gallery'
-    )->tuple: # The tables, in that order
-        "Return tables that must be there; raise with what is missing and what there is"
-        missing = [n for n in names if not self.subsets[n]]
-        have = ', '.join(f"{k} ({len(v):,})" for k,v in self.subsets.items() if v) or 'nothing'
-        if missing: raise ValueError(f"dataset {self.name!r} has no {' and no '.join(missing)}; it has {have}: "
-            "pass the missing part to `reidnb.folders.make_data`, or split with `split_query_gallery`")
-        return tuple(self.subsets[n] for n in names)
-    def fingerprint(self)->str:
+    @property
+    def subsets(self)->dict: # 'train', 'query', 'gallery' -> table or None
+        "The tables by name"
+        return {k: getattr(self, k) for k in ('train', 'query', 'gallery')}
+
+    def fingerprint(self)->str: # Twelve hexadecimal digits
         "Hash over the three tables"
         parts = [c.fingerprint() if c is not None else '-' for c in self.subsets.values()]
         return hashlib.sha256(' '.join(parts).encode()).hexdigest()[:12]
-    def validate(self, **kwargs)->list:
-        "What would go wrong with these data, in plain words (see `reidnb.checks.validate`)"
+
+    def validate(self,
+        read_images:bool=False, # Decode every image too
+    )->list: # Findings, errors first
+        "Say what would go wrong with these data (see `reidnb.checks.validate`)"
         from reidnb.checks import validate
-        return validate(self, **kwargs)
+        return validate(self, read_images)
+
+# %% ../nbs/data/10_crops.ipynb #ce4afa7f
+@patch
+def need(self:ReIDData,
+    *names:str, # Of 'train', 'query', 'gallery'
+)->tuple: # The tables, in that order
+    "Return tables that must be there; raise with what is missing and what there is"
+    missing = [n for n in names if not self.subsets[n]]
+    have = ', '.join(f"{k} ({len(v):,})" for k,v in self.subsets.items() if v) or 'nothing'
+    if missing:
+        raise ValueError(f"dataset {self.name!r} has no {' and no '.join(missing)}; it has {have}: "
+            "pass the missing part to `reidnb.folders.make_data`, which also splits one table")
+    return tuple(self.subsets[n] for n in names)
 
 # %% ../nbs/data/10_crops.ipynb #4b611ea7
+def _facts(
+    data:ReIDData, # A dataset
+)->list: # Sentences
+    "Notes, what was dropped, protocol and terms"
+    out = [*data.notes, *(f"dropped: {n:,} {k}" for k,n in data.dropped.items())]
+    out.append('protocol: ' + ('across cameras' if data.cross_camera else 'all cameras together'))
+    return out + ([f"terms: {data.licence}"] if data.licence else [])
+
+# %% ../nbs/data/10_crops.ipynb #f23b75b2
 @patch
 def _repr_markdown_(self:ReIDData,
 )->str: # Markdown
     "Parts, notes and samples for a notebook"
     rows = [f"| {k} | " + ' | '.join(_counts(v).values()) + ' |' for k,v in self.subsets.items()]
-    facts = [f"* {n}" for n in self.notes] + [f"* dropped: {n:,} {k}" for k,n in self.dropped.items()]
-    facts += ['* protocol: ' + ('across cameras' if self.cross_camera else 'all cameras together')]
-    if self.licence: facts.append(f"* terms: {self.licence}")
-    strip = next((_strip(v) for v in self.subsets.values() if v is not None and len(v)), '')
-    head = [f"**{self.name or 'data'}**", '', '| part | images | ids | cameras | seconds |', '|---|---|---|---|---|']
-    return '\n'.join([*head, *rows, '', *facts, '', strip])
+    head = [f"**{self.name or 'data'}**", '', '| part | images | ids | cameras | seconds |',
+            '|---|---|---|---|---|']
+    strips = [_strip(v) for v in self.subsets.values() if v]
+    return '\n'.join([*head, *rows, '', *(f"* {x}" for x in _facts(self)), '', *strips[:1]])
 
 @patch
 def __repr__(self:ReIDData,
 )->str: # One line a part
-    "Parts as plain text"
-    return '\n'.join([f"ReIDData {self.name!r}"] +
-                     [f"  {k:8}" + (repr(v) if v is not None else 'none') for k,v in self.subsets.items()])
+    "Parts and notes as plain text"
+    parts = [f"  {k:8}{'none' if v is None else v}" for k,v in self.subsets.items()]
+    return '\n'.join([f"ReIDData {self.name!r}", *parts, *(f"  {x}" for x in _facts(self))])

@@ -1,0 +1,121 @@
+"Killing, resuming, a full disk, and two processes: real runs of `fit` in processes of their own."
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from reidnb.state import load_checkpoint, save_checkpoint
+from reidnb.training import read_log
+
+CHILD = Path(__file__).parent / 'train_child.py'
+
+
+def start(*args, **env):
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', **env}
+    return subprocess.Popen([sys.executable, str(CHILD), *map(str, args)], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, code=0):
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == code, err[-3000:]
+
+
+def plain(run): return [{k: v for k, v in row.items() if k != 'seconds'} for row in read_log(run)]
+
+
+def same_tensors(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run of four epochs that nobody stopped"
+    out = tmp_path_factory.mktemp('runs') / 'whole'
+    finish(start(out, 4))
+    return out
+
+
+@pytest.mark.parametrize('step', [6, 11])
+def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, step):
+    out = tmp_path / 'killed'
+    finish(start(out, 4, step), -signal.SIGKILL)
+    assert not (out / 'model.safetensors').exists()
+    rows = (out / 'log.jsonl').read_text().count('"loss"')
+    assert 0 < rows == step - 1   # the step that was cut wrote no row
+    finish(start(out, 4))
+    assert plain(out) == plain(whole)
+    a, b = (safetensors.torch.load_file(d / 'model.safetensors') for d in (whole, out))
+    assert same_tensors(a, b)
+    a, b = (load_checkpoint(d / 'checkpoint.pt') for d in (whole, out))
+    for key in ('optimizer', 'method', 'rng', 'epoch', 'step'): assert same_tensors(a[key], b[key]), key
+
+
+def test_killed_in_the_first_epoch_starts_anew(whole, tmp_path):
+    out = tmp_path / 'early'
+    finish(start(out, 4, 2), -signal.SIGKILL)
+    assert not (out / 'checkpoint.pt').exists()
+    finish(start(out, 4))
+    assert plain(out) == plain(whole)
+
+
+def test_loader_processes_do_not_change_the_run(whole, tmp_path):
+    sys.path.insert(0, str(CHILD.parent))
+    from dataclasses import replace
+
+    import train_child
+    from reidnb.training import fit
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    method = train_child.build(4)
+    method = train_child.Killed(replace(method.settings, workers=2), method.crops)
+    train_child.seed_everything(0)
+    method = train_child.Killed(method.settings, method.crops)
+    fit(method, tmp_path / 'workers', progress=False)
+    torch.set_num_threads(threads)
+    assert plain(tmp_path / 'workers') == plain(whole)
+
+
+def test_two_processes_equal_one(whole, tmp_path):
+    "Batch norm over both, triplets over both: the loss of the global batch is the loss of one process"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    out = tmp_path / 'two'
+    env = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    pair = [start(out, 4, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+    for p in pair: finish(p)
+    one, two = ([r for r in read_log(d) if 'loss' in r] for d in (whole, out))
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        for k in ('loss', 'identity', 'triplet'): assert abs(a[k] - b[k]) < 2e-3 * (1 + abs(a[k])), (a, b)
+    for k in ('loss', 'identity', 'triplet'): assert abs(one[0][k] - two[0][k]) < 1e-5, 'before any update'
+    a, b = (safetensors.torch.load_file(d / 'model.safetensors') for d in (whole, out))
+    means = [k for k in a if k.endswith('running_mean')]
+    assert means and all(torch.allclose(a[k], b[k], atol=5e-3) for k in means)
+
+
+def test_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch):
+    "Every write fails after half its bytes: the run stops with one clear line, the old checkpoint stays whole"
+    path = tmp_path / 'checkpoint.pt'
+    save_checkpoint(path, {'epoch': 1})
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='the old file is unchanged'): save_checkpoint(path, {'epoch': 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path) == {'epoch': 1} and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
+
+
+@pytest.mark.parametrize('cut', [0, 1, 100, 5000])
+def test_damaged_checkpoint_is_named(whole, tmp_path, cut):
+    path = tmp_path / 'checkpoint.pt'
+    path.write_bytes((whole / 'checkpoint.pt').read_bytes()[:cut])
+    with pytest.raises(ValueError, match='not a whole checkpoint'): load_checkpoint(path)

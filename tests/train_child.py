@@ -1,0 +1,36 @@
+"""A training run in a process of its own, for the tests that kill it or run several at once.
+
+usage: train_child.py OUT EPOCHS [KILL_AT_STEP]
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from reidnb.crops import toy_crops
+from reidnb.methods.baseline import Baseline, BaselineSettings
+from reidnb.training import fit, seed_everything
+
+torch.set_num_threads(1)
+
+
+class Killed(Baseline):
+    "Dies by signal 9 in the middle of an epoch, as a power cut would"
+    def after_step(self, batch):
+        self.done = getattr(self, 'done', 0) + 1
+        if len(sys.argv) > 3 and self.done == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build(epochs):
+    settings = BaselineSettings(epochs=epochs, warmup=2, steps=(3,), backbone='small', weights='none', p=4, k=2,
+                                height=64, width=32, erase=.5, lr=1e-3)
+    seed_everything(settings.seed)
+    return Killed(settings, toy_crops(n_ids=8, n_cams=2, n_each=2))
+
+
+if __name__ == '__main__':
+    method = build(int(sys.argv[2]))
+    fit(method, Path(sys.argv[1]), progress=False)
+    torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
