@@ -105,7 +105,8 @@ def read_cards(
     cards = []
     for p in sorted(Path(folder).rglob('*.json')):
         try: cards.append(json.loads(p.read_text()) | {'file': p.name})
-        except (json.JSONDecodeError, TypeError) as e: raise ValueError(f'{p} is not a result card: {e}') from e
+        except (json.JSONDecodeError, TypeError) as e:
+            raise ValueError(f'{p} is not a result card: {e}') from e
     return sorted((c for c in cards if name in (None, c.get('name'))), key=lambda c: c.get('date', ''))
 
 # %% ../nbs/training/08_cards.ipynb #cf380edd
@@ -117,7 +118,7 @@ def _flat(x, at=''):
 def compare(
     a:dict, # A card
     b:dict, # Another card
-    ignore:tuple=('seconds', 'peak_memory', 'metrics', 'date', 'file'), # Sections that are results, not reasons
+    ignore:tuple=('seconds', 'peak_memory', 'metrics', 'date', 'file'), # Results, not reasons
 )->dict[str,tuple]: # `section.key` -> (value in `a`, value in `b`); a missing key shows as None
     "What differs between two cards: the possible reasons for two numbers"
     fa, fb = _flat(a), _flat(b)

@@ -84,9 +84,11 @@ def _check_ids(
     for k in ('query', 'gallery'):
         if k not in parts: continue
         both = np.intersect1d(train.pids[train.pids>0], parts[k].pids[parts[k].pids>0])
-        if len(both): out.append(Finding('error', f"both hold pid {_some(both)} "
-            f"(people: {len(both):,})", f"train and {k}", "Split by people (split_ids); a test on people seen in training "
-            "measures memory", {x: np.flatnonzero(np.isin(parts[x].pids, both)) for x in ('train', k)}))
+        if not len(both): continue
+        rows = {x: np.flatnonzero(np.isin(parts[x].pids, both)) for x in ('train', k)}
+        out.append(Finding('error', f"both hold pid {_some(both)} (people: {len(both):,})",
+            f"train and {k}", "Split by people (split_ids); a test on people seen in training "
+            "measures memory", rows))
     ids, count = np.unique(train.pids[train.pids>0], return_counts=True)
     if len(one := ids[count==1]):
         out.append(Finding('warning', f"{len(one):,} of {len(ids):,} people have one image: "
@@ -117,9 +119,9 @@ def _check_matches(
 )->list: # Findings
     "Queries that nothing in the gallery can answer"
     out, real = [], query.pids>0
-    if cross_camera and not (query.has_cams and gallery.has_cams):
-        n = int((query.cams<0).sum()+(gallery.cams<0).sum())
-        out.append(Finding('error', f"the camera of {n:,} crops is unknown, but matches must be in "
+    blind = lambda c: int(((c.cams<0) & (c.pids>0)).sum())
+    if cross_camera and (n := blind(query)+blind(gallery)):
+        out.append(Finding('error', f"the camera of {n:,} crops of people is unknown, but matches must be in "
             "another camera", 'query and gallery', "Give cameras, or set cross_camera=False"))
         return out
     if n := int((~real).sum()):
@@ -203,7 +205,8 @@ def _check_copies(
             if s>0: by_size[s].append((k, i))
     for places in by_size.values():
         for k,i in places if len(places)>1 else ():
-            groups[hashlib.blake2b(_bytes(parts[k].images[i]), digest_size=16).digest()].append((k, i))
+            data = _bytes(parts[k].images[i])
+            groups[hashlib.blake2b(data, digest_size=16).digest()].append((k, i))
     groups = [g for g in groups.values() if len(g)>1]
     pid = lambda g: {int(parts[k].pids[i]) for k,i in g if parts[k].pids[i]>0}
     two = [g for g in groups if len(pid(g))>1]
@@ -227,8 +230,8 @@ def _copies(
         for k,i in g: rows[k].append(i)
     named = [' = '.join(f"{k} {parts[k].file_name(i)}" for k,i in g[:3]) for g in groups[:3]]
     more = f" and {len(groups)-3:,} more" if len(groups)>3 else ''
-    return Finding(level, f"{len(groups):,} images {what}: {'; '.join(named)}{more}", ' and '.join(rows),
-                   fix, {k: np.array(v) for k,v in rows.items()})
+    return Finding(level, f"{len(groups):,} images {what}: {'; '.join(named)}{more}",
+                   ' and '.join(rows), fix, {k: np.array(v) for k,v in rows.items()})
 
 # %% ../nbs/data/12_checks.ipynb #2418570d
 def _check_times(

@@ -412,6 +412,8 @@ def make_data(
     for k,v in parts.items():
         if v is None: continue
         kept, n = _drop(v, JUNK)
+        if not len(kept):
+            raise ValueError(f"table {(v.name or k)!r} is empty"+(f": all {n:,} are junk" if n else ''))
         if n: out.dropped['junk'] = out.dropped.get('junk', 0)+n
         out.notes += [f"{k if crops is None else v.name}: {x}" for x in v.notes]
         setattr(out, k, kept.replace(name=f"{out.name} {k}".strip(), notes=()))

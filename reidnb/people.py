@@ -19,7 +19,7 @@ _COLOURS = dict(
     mint='a8cfba', burgundy='6d2335', red='b8343b', coral='d97b66', orange='cc7434', mustard='c99f3a',
     yellow='e3cc6d', pink='d99cab', lilac='a78fba', purple='5a3f74', beige='cbb99b', camel='b58b5c',
     brown='694a37', cream='e9dfc9', denim='3d5474', indigo='27344b', bleached='7f99b4', khaki='a4906e')
-PALETTE_RGB = np.array([[int(h[i:i+2], 16) for i in (0, 2, 4)] for h in _COLOURS.values()])/255 # sRGB of the cloth colours, `(30,3)`
+PALETTE_RGB = np.array([[int(h[i:i+2], 16) for i in (0, 2, 4)] for h in _COLOURS.values()])/255 # sRGB
 COLOURS = tuple(_COLOURS) # Names of the cloth colours
 _SKIN = ['f1d3bd', 'e8c1a4', 'dcae8b', 'c9966f', 'b07d58', '936244', '74492f', '553525', '3f281d']
 _HAIR = dict(black='17130f', darkbrown='2c1e16', brown='4b3324', lightbrown='70513a', blond='b59460',
@@ -111,11 +111,9 @@ class People:
     def __len__(self): return len(self.height)
     def __getitem__(self, idx): return People(*[getattr(self, f.name)[idx] for f in fields(self)])
     def to(self, device): return People(*[getattr(self, f.name).to(device) for f in fields(self)])
-    @property
-    def device(self): return self.height.device
-    def describe(self, i): return describe(self, i)
+    device = property(lambda self: self.height.device)
 
-# %% ../nbs/data/12_people.ipynb #29d8ba0a
+# %% ../nbs/data/12_people.ipynb #46460260
 def describe(
     people:People, # The table
     i:int, # Row
@@ -128,13 +126,15 @@ def describe(
         m = MATERIALS.index(material)
         p = PATTERNS[pattern[m]]
         return f"{'' if p == 'plain' else p + ' '}{COLOURS[shade[m]]} {kind}"
-    tall = 'child' if get('height') < 1.5 and get('head') > 1.1 else 'woman' if get('femme') > .5 else 'man'
+    kind = 'child' if get('head') > 1.13 and get('height') < 1.5 else 'woman' if get('femme') > .5 else 'man'
     upper, lower = list(UPPERS)[get('upper')], list(LOWERS)[get('lower')]
-    words = [f"{tall} of {get('height'):.2f} m", f"{HAIRS[get('hair')]} hair", cloth(upper, 'upper')]
+    words = [f"{kind} of {get('height'):.2f} m", f"{HAIRS[get('hair')]} hair", cloth(upper, 'upper')]
     if upper != 'dress': words.append(cloth(lower, 'lower'))
     words.append(cloth(SHOES[get('shoe')], 'shoe'))
     words += [cloth(t[get(f)], f) for f, t in (('bag', BAGS), ('hat', HATS)) if get(f)]
     return ', '.join(words + ['scarf']*int(get('scarf')))
+
+People.describe = describe
 
 # %% ../nbs/data/12_people.ipynb #2b51b4f3
 _BODY = ('sex child height girth shoulders legs head skin skin2 haircolour hair beard glasses stride arms lean '
@@ -150,14 +150,14 @@ def _uniforms(n, seed, share):
     names = _BODY + _UP + _LOW
     u = np.random.Generator(np.random.PCG64([seed, 1812])).random((n, 80))[:, :len(names)]
     col = {k: j for j, k in enumerate(names)}
-    raw, twin = u.copy(), np.full(n, -1)
-    what = u[:, col['twinwhat']]                # first third: upper, second: lower, last: both
+    twin = np.full(n, -1)
+    what = u[:, col['twinwhat']]                # upper, lower or both
     for i in np.flatnonzero(u[:, col['twin']] < share):
         if i == 0: continue
         j = twin[i] = int(u[i, col['twinof']]*i)
         for part, take in ((_UP, what[i] < .33 or what[i] > .66), (_LOW, what[i] > .33)):
-            if take: u[i, [col[k] for k in part]] = raw[j, [col[k] for k in part]]
-        if (u[i, col['sex']] < .5) != (u[j, col['sex']] < .5): u[i, col['sex']] = raw[j, col['sex']]
+            if take: u[i, [col[k] for k in part]] = u[j, [col[k] for k in part]]
+        if (u[i, col['sex']] < .5) != (u[j, col['sex']] < .5): u[i, col['sex']] = u[j, col['sex']]
     return {k: u[:, j] for k, j in col.items()}, twin
 
 # %% ../nbs/data/12_people.ipynb #cfbdaa8b
@@ -180,7 +180,7 @@ def _tint(index, *jitter):
     c = linear(PALETTE_RGB[index])
     return np.clip(c*(1 + .35*j[:, :1] + .10*(j - j[:, :1])), .004, .9)
 
-# %% ../nbs/data/12_people.ipynb #4be45fbf
+# %% ../nbs/data/12_people.ipynb #6f90b08a
 def _bodies(u, n):
     "Body measures of the people"
     child = u['child'] < .06
@@ -192,54 +192,53 @@ def _bodies(u, n):
     return dict(height=tall, girth=girth, femme=np.where(child, .35*femme, femme),
         shoulders=_normal(u['shoulders'], 1., .05, .88, 1.14)*np.where(child, .92, 1.),
         legs=_normal(u['legs'], 1., .022, .94, 1.06)*np.where(child, .96, 1.),
-        head=np.where(child, 1.36 - .30*(tall - 1.08), 1.03*(1.72/tall)**.7*_normal(u['head'], 1., .03, .92, 1.08)),
-        stride=_normal(u['stride'], 1., .13, .6, 1.35), arms=bend, lean=_normal(u['lean'], .05, .035, -.02, .2),
+        head=np.where(child, 1.36 - .30*(tall - 1.08),
+                      1.03*(1.72/tall)**.7*_normal(u['head'], 1., .03, .92, 1.08)),
+        stride=_normal(u['stride'], 1., .10, .72, 1.22), arms=bend, lean=_normal(u['lean'], .05, .035, -.02, .2),
         noise=np.stack([u[f'noise{k}'] for k in range(6)], 1)), child
 
-# %% ../nbs/data/12_people.ipynb #ab53fb8e
+# %% ../nbs/data/12_people.ipynb #03e5bf9b
 def _heads(u, femme, child, season):
     "Hair, beard, glasses, hats and scarves"
     she = femme > .3
-    hair = np.where(she, _pick(u['hair'], [0, 1, 4, 7, 20, 34, 22, 12]), _pick(u['hair'], [9, 26, 36, 18, 4, 3, 2, 2]))
+    hair = np.where(she, _pick(u['hair'], [0, 1, 4, 7, 20, 34, 22, 12]),
+                    _pick(u['hair'], [9, 26, 36, 18, 4, 3, 2, 2]))
     skin = _pick(u['skin'], [12, 18, 18, 14, 11, 9, 8, 6, 4])
-    dark = _pick(u['haircolour'], [30, 26, 18, 8, 6, 3, 3, 4, 2])
+    dark = _pick(u['haircolour'], [46, 30, 14, 3, 0, 0, 1, 4, 2])
     fair = _pick(u['haircolour'], [8, 20, 24, 16, 14, 6, 4, 6, 2])
     hats = {'summer': [80, 12, 0, 8], 'autumn': [86, 8, 6, 0], 'winter': [68, 5, 27, 0]}[season]
     scarf = u['scarf'] < {'summer': .01, 'autumn': .12, 'winter': .38}[season]
     hat = _pick(u['hat'], hats)
+    hair = np.where(child & (hair == 0), 2, hair)
     return dict(hair=hair, hat=np.where((hat == 3) & ~she, 1, hat), scarf=scarf.astype(int),
         beard=np.where(she | child, 0., np.clip(u['beard']*2.6 - 1.6, 0, 1)),
         glasses=np.where(child, 0, _pick(u['glasses'], [80, 13, 7 if season == 'summer' else 1]))), \
         skin, np.where(skin < 3, fair, dark)
 
-# %% ../nbs/data/12_people.ipynb #cb9ad189
-_TOPS = 'black charcoal grey silver white navy blue sky teal green forest olive mint burgundy red coral orange mustard yellow pink lilac purple beige cream brown'
-_TOPW = {'summer': [13,5,7,6,20,8,6,7,2,3,1,3,2,2,5,3,2,2,2,4,2,1,4,4,1], 'autumn': [17,10,9,4,9,12,6,4,3,3,4,5,1,5,4,1,2,3,1,2,1,2,4,4,4],
+# %% ../nbs/data/12_people.ipynb #de030b27
+_TOPS = ('black charcoal grey silver white navy blue sky teal green forest olive mint burgundy red coral orange '
+         'mustard yellow pink lilac purple beige cream brown')
+_TOPW = {'summer': [13,5,7,6,20,8,6,7,2,3,1,3,2,2,5,3,2,2,2,4,2,1,4,4,1],
+         'autumn': [17,10,9,4,9,12,6,4,3,3,4,5,1,5,4,1,2,3,1,2,1,2,4,4,4],
          'winter': [28,14,9,3,5,15,5,2,2,2,4,5,1,5,5,1,1,2,1,2,1,2,4,3,4]}
-def _uppers(u, she, season):
-    "Upper garments: kind, opening, colours, pattern, prints"
-    k = 5 + 2*SEASONS.index(season)
-    table = np.array([row[k:k+2] for row in UPPERS.values()], float)
-    kind = np.where(she, _pick(u['upper'], table[:, 1]), _pick(u['upper'], table[:, 0]))
-    name, row = np.array(list(UPPERS))[kind], np.array([r[:5] for r in UPPERS.values()])[kind]
-    c = _cloth(u['uppercolour'], _TOPS, _TOPW[season])
-    c = np.where(name == 'denim jacket', _cloth(u['uppercolour'], 'denim indigo bleached black', [5, 3, 3, 1]), c)
-    c = np.where(np.isin(name, ['coat', 'blazer', 'parka']),
-        _cloth(u['uppercolour'], 'black charcoal navy camel grey beige olive brown burgundy blue cream', [24,14,16,10,9,7,8,5,4,3,3]), c)
-    c2 = _cloth(u['uppercolour2'], 'white black navy grey red cream sky mustard burgundy green', [26,18,14,10,7,8,6,4,4,4])
-    c2 = np.where(c2 == c, COLOURS.index('white'), c2)
-    inner = _cloth(u['innercolour'], 'white grey black sky navy cream red mustard pink olive charcoal', [30,10,14,9,8,8,4,3,4,3,5])
-    wide = np.where(u['open'] < row[:, 3], .16 + .42*u['open']/np.maximum(row[:, 3], .01), 0.)
-    pattern = np.full(len(kind), 0)
-    for names, weights in _UPPER_PATTERNS.items():
-        pattern = np.where(np.isin(name, names.split('/')), _pick(u['upperpattern'], weights), pattern)
-    can = np.isin(name, ['t-shirt', 'sweater', 'hoodie', 'long tee', 'tank top']) & (pattern == 0)
-    chest = np.where(can, _pick(u['chest'], [48, 14, 9, 15, 14]), np.where(u['chest'] > .86, 1, 0)*(name == 'jacket'))
-    back = np.where((can & (u['back'] < .16)) | ((name == 'jacket') & (u['back'] < .2)), 2 + (u['back']*100).astype(int) % 3, 0)
-    return dict(upper=kind, open=wide, print=np.stack([chest, back], 1)), c, c2, inner, pattern, name
+_DYES = {  # garment -> colours and their weights
+    'denim jacket': ('denim indigo bleached black', [5, 3, 3, 1]),
+    'coat/blazer/parka': ('black charcoal navy camel grey beige olive brown burgundy blue cream',
+                          [24, 14, 16, 10, 9, 7, 8, 5, 4, 3, 3]),
+    'jeans/slim jeans': ('denim indigo bleached black grey white', [38, 26, 14, 16, 5, 3]),
+    'leggings/sweatpants': ('black charcoal grey navy burgundy silver', [46, 14, 16, 12, 4, 8]),
+    'shorts': ('denim navy khaki black beige grey olive white bleached red',
+               [16, 14, 14, 16, 10, 9, 8, 5, 6, 2]),
+    'mini skirt/skirt/long skirt': ('black navy denim grey beige burgundy red cream olive mustard pink',
+                                    [26, 12, 12, 9, 9, 7, 5, 6, 5, 4, 5])}
+def _dye(name, u, colour):
+    "Replace the colour of the garments that have dyes of their own"
+    for garments, (names, weights) in _DYES.items():
+        colour = np.where(np.isin(name, garments.split('/')), _cloth(u, names, weights), colour)
+    return colour
 
-# %% ../nbs/data/12_people.ipynb #6f90b08a
-_UPPER_PATTERNS = {  # plain striped pinstriped checked dotted two-tone raglan mottled quilted side-striped banded
+# %% ../nbs/data/12_people.ipynb #c64f24f4
+_UPPER_PATTERNS = {  # weights in the order of PATTERNS
     't-shirt/long tee/tank top': [60, 16, 0, 0, 2, 5, 7, 4, 0, 0, 6],
     'polo': [66, 16, 0, 0, 0, 8, 0, 0, 0, 0, 10],
     'shirt': [46, 2, 16, 32, 4, 0, 0, 0, 0, 0, 0],
@@ -251,38 +250,108 @@ _UPPER_PATTERNS = {  # plain striped pinstriped checked dotted two-tone raglan m
     'puffer': [0, 0, 0, 0, 0, 10, 0, 0, 90, 0, 0],
     'coat/blazer': [82, 0, 3, 15, 0, 0, 0, 0, 0, 0, 0],
     'parka': [88, 0, 0, 0, 0, 6, 0, 6, 0, 0, 0]}
+
+# %% ../nbs/data/12_people.ipynb #9572c4c4
+def _kind(u, she, season, garments, skip):
+    "Index and name of a garment, drawn from the weights of sex and season"
+    k = skip + 2*SEASONS.index(season)
+    weights = np.array([row[k:k+2] for row in garments.values()], float)
+    kind = np.where(she, _pick(u, weights[:, 1]), _pick(u, weights[:, 0]))
+    return kind, np.array(list(garments))[kind]
+
+def _uppers(u, she, season):
+    "Upper garments: kind, opening, colours, pattern, prints"
+    kind, name = _kind(u['upper'], she, season, UPPERS, 5)
+    often = np.array([row[3] for row in UPPERS.values()])[kind]
+    c = _dye(name, u['uppercolour'], _cloth(u['uppercolour'], _TOPS, _TOPW[season]))
+    c2 = _cloth(u['uppercolour2'], 'white black navy grey red cream sky mustard burgundy green',
+                [26, 18, 14, 10, 7, 8, 6, 4, 4, 4])
+    c2 = np.where(c2 == c, COLOURS.index('white'), c2)
+    inner = _cloth(u['innercolour'], 'white grey black sky navy cream red mustard pink olive charcoal',
+                   [30, 10, 14, 9, 8, 8, 4, 3, 4, 3, 5])
+    wide = np.where(u['open'] < often, .16 + .42*u['open']/np.maximum(often, .01), 0.)
+    pattern = np.full(len(kind), 0)
+    for names, weights in _UPPER_PATTERNS.items():
+        pattern = np.where(np.isin(name, names.split('/')), _pick(u['upperpattern'], weights), pattern)
+    return dict(upper=kind, open=wide, print=_printed(u, name, pattern)), c, c2, inner, pattern, name
+
+# %% ../nbs/data/12_people.ipynb #67c52c65
+def _printed(u, name, pattern):
+    "Prints on chest and back, `(n,2)`"
+    can = np.isin(name, ['t-shirt', 'sweater', 'hoodie', 'long tee', 'tank top']) & (pattern == 0)
+    jacket = name == 'jacket'
+    chest = np.where(can, _pick(u['chest'], [48, 14, 9, 15, 14]), jacket & (u['chest'] > .86))
+    has = (can & (u['back'] < .16)) | (jacket & (u['back'] < .2))
+    return np.stack([chest, np.where(has, 2 + (u['back']*100).astype(int) % 3, 0)], 1)
+
 def _lowers(u, she, season):
     "Lower garments: kind, colour, pattern"
-    k = 4 + 2*SEASONS.index(season)
-    table = np.array([row[k:k+2] for row in LOWERS.values()], float)
-    kind = np.where(she, _pick(u['lower'], table[:, 1]), _pick(u['lower'], table[:, 0]))
-    name, x = np.array(list(LOWERS))[kind], u['lowercolour']
-    c = _cloth(x, 'black charcoal grey navy khaki beige olive brown white', [26, 15, 10, 14, 10, 7, 6, 4, 3])
-    c = np.where(np.isin(name, ['jeans', 'slim jeans']), _cloth(x, 'denim indigo bleached black grey white', [38, 26, 14, 16, 5, 3]), c)
-    c = np.where(np.isin(name, ['leggings', 'sweatpants']), _cloth(x, 'black charcoal grey navy burgundy silver', [46, 14, 16, 12, 4, 8]), c)
-    c = np.where(name == 'shorts', _cloth(x, 'denim navy khaki black beige grey olive white bleached red', [16,14,14,16,10,9,8,5,6,2]), c)
-    skirt = np.isin(name, ['mini skirt', 'skirt', 'long skirt'])
-    c = np.where(skirt, _cloth(x, 'black navy denim grey beige burgundy red cream olive mustard pink', [26,12,12,9,9,7,5,6,5,4,5]), c)
-    v = u['lowerpattern']
+    kind, name = _kind(u['lower'], she, season, LOWERS, 4)
+    names = 'black charcoal grey navy khaki beige olive brown white'
+    c = _dye(name, u['lowercolour'], _cloth(u['lowercolour'], names, [26, 15, 10, 14, 10, 7, 6, 4, 3]))
+    v, skirt = u['lowerpattern'], np.isin(name, ['mini skirt', 'skirt', 'long skirt'])
     pattern = np.where(skirt, _pick(v, [62, 6, 6, 10, 8, 0, 0, 8, 0, 0, 0]), 0)
-    pattern = np.where((name == 'sweatpants') & (v < .5), 9, pattern)
-    return dict(lower=kind), c, np.where((name == 'shorts') & (v < .12), 3, pattern), name
+    pattern = np.where((name == 'sweatpants') & (v < .5), PATTERNS.index('side-striped'), pattern)
+    pattern = np.where((name == 'shorts') & (v < .12), PATTERNS.index('checked'), pattern)
+    return dict(lower=kind), c, pattern, name
 
-# %% ../nbs/data/12_people.ipynb #03e5bf9b
-def _extras(u, she, season, upper):
+# %% ../nbs/data/12_people.ipynb #66ed526e
+_SHOED = {'summer': ([66, 22, 2, 10], [46, 24, 4, 26]), 'autumn': ([60, 30, 10, 0], [44, 26, 30, 0]),
+          'winter': ([50, 26, 24, 0], [32, 16, 52, 0])} # Men and women
+def _extras(u, she, season):
     "Shoes, bags, tights, colours of the small things"
-    shoe = np.where(she, _pick(u['shoe'], {'summer': [46, 24, 4, 26], 'autumn': [44, 26, 30, 0], 'winter': [32, 16, 52, 0]}[season]),
-                    _pick(u['shoe'], {'summer': [66, 22, 2, 10], 'autumn': [60, 30, 10, 0], 'winter': [50, 26, 24, 0]}[season]))
+    shoe = np.where(she, _pick(u['shoe'], _SHOED[season][1]), _pick(u['shoe'], _SHOED[season][0]))
     shoec = _cloth(u['shoecolour'], 'black white brown grey navy camel red', [34, 24, 16, 9, 7, 6, 3])
-    shoec = np.where((shoe == 2) | (shoe == 1), _cloth(u['shoecolour'], 'black brown camel charcoal burgundy', [56, 24, 10, 8, 3]), shoec)
+    leather = _cloth(u['shoecolour'], 'black brown camel charcoal burgundy', [56, 24, 10, 8, 3])
     bag = np.where(she, _pick(u['bag'], [40, 16, 18, 16, 10]), _pick(u['bag'], [56, 28, 11, 2, 3]))
-    bagc = _cloth(u['bagcolour'], 'black navy grey brown camel red olive teal burgundy mustard beige', [36,13,10,10,8,5,5,3,3,3,4])
-    hatc = _cloth(u['hatcolour'], 'black navy grey red white burgundy mustard beige charcoal', [28, 16, 14, 8, 8, 8, 5, 8, 6])
-    scarfc = _cloth(u['scarfcolour'], 'grey burgundy black navy camel red mustard cream teal pink', [18,12,16,10,9,8,6,9,6,6])
-    tights = u['hose'] < {'summer': .05, 'autumn': .6, 'winter': .95}[season]
+    bag = np.where((u['child'] < .06) & (bag > 1), 1, bag)
+    bagc = _cloth(u['bagcolour'], 'black navy grey brown camel red olive teal burgundy mustard beige',
+                  [36, 13, 10, 10, 8, 5, 5, 3, 3, 3, 4])
+    hatc = _cloth(u['hatcolour'], 'black navy grey red white burgundy mustard beige charcoal',
+                  [28, 16, 14, 8, 8, 8, 5, 8, 6])
+    scarfc = _cloth(u['scarfcolour'], 'grey burgundy black navy camel red mustard cream teal pink',
+                    [18, 12, 16, 10, 9, 8, 6, 9, 6, 6])
+    tights = she & (u['hose'] < {'summer': .05, 'autumn': .6, 'winter': .95}[season])
+    shoec = np.where((shoe == 2) | (shoe == 1), leather, shoec)
     return dict(shoe=shoe, bag=bag), shoec, bagc, hatc, scarfc, tights
 
-# %% ../nbs/data/12_people.ipynb #68c65398
+# %% ../nbs/data/12_people.ipynb #9bc086de
+def _shades(u, top, low, more):
+    "Palette index `(n,11)` and linear colour `(n,11,3)` of every material but skin and hair"
+    _, c, _, inner, _, upper = top
+    _, shoec, bagc, hatc, scarfc, _ = more
+    fixed = lambda name: np.full(len(c), COLOURS.index(name))
+    lower, none = np.where(upper == 'dress', c, low[1]), np.full(len(c), -1)
+    shade = np.stack([none, none, c, inner, lower, fixed('black'), shoec, fixed('white'), bagc, hatc, scarfc], 1)
+    colour = np.stack([_tint(np.maximum(s, 0)) for s in shade.T], 1)
+    jitter = lambda k: [u[f'{k}j{i}'] for i in range(3)]
+    colour[:, 2], colour[:, 3] = _tint(c, *jitter('up')), _tint(inner, *jitter('in'))
+    colour[:, 4] = np.where((upper == 'dress')[:, None], colour[:, 2], _tint(low[1], *jitter('lo')))
+    return shade, colour
+
+# %% ../nbs/data/12_people.ipynb #4532c8db
+def _paint(u, skin, hair, top, low, more):
+    "Colour, second colour, pattern and pattern size of every material"
+    rgb = lambda t: linear(np.array([[int(h[i:i+2], 16)/255 for i in (0, 2, 4)] for h in t]))
+    dress, n = (top[-1] == 'dress')[:, None], len(skin)
+    shade, col = _shades(u, top, low, more)
+    col[:, 0] = rgb(_SKIN)[skin]*(1 + .24*(u['skin2'] - .5))[:, None]
+    col[:, 1] = rgb(_HAIR.values())[hair]
+    col[:, 5] = np.where(more[-1][:, None], col[:, 5]*1.6, col[:, 0])       # tights, or bare legs
+    white = (u['shoe'] < .5) & (more[0]['shoe'] == 0)
+    col[:, 7] = np.where(white[:, None], col[:, 7], col[:, 6]*.5)           # soles
+    second = col*np.where(col.mean(2, keepdims=True) > .1, .45, 2.2) + .01
+    second[:, 2] = _tint(top[2])
+    second[:, 4] = np.where(dress, second[:, 2], np.where((low[2] == 9)[:, None], .75, second[:, 4]))
+    pat, size = np.zeros((n, 11), int), np.full((n, 11), .05)
+    pat[:, 2], pat[:, 3] = top[4], _pick(u['innerpattern'], [70, 14, 4, 8, 4])
+    pat[:, 4] = np.where(dress[:, 0], top[4], low[2])
+    size[:, 2] = .030 + .07*u['upperscale']**1.5
+    size[:, 4] = np.where(dress[:, 0], size[:, 2], .03 + .06*u['lowerscale'])
+    clip = lambda a: np.clip(a, .003, .9)
+    return dict(colour=clip(col), colour2=clip(second), pattern=pat, scale=size, shade=shade)
+
+# %% ../nbs/data/12_people.ipynb #59be09d9
 def sample_people(
     n:int, # Number of people
     seed:int, # Any integer from 0; person `i` of a seed is the same for every `n`
@@ -301,35 +370,7 @@ def sample_people(
     head, skin, hair = _heads(u, body['femme'], child, season)
     top = _uppers(u, she, season)
     low = _lowers(u, she, season)
-    more = _extras(u, she, season, top[-1])
-    row = {**body, **head, **top[0], **low[0], **more[0], **_paint(u, season, skin, hair, top, low, more), 'twin': twin}
-    as_tensor = lambda a: torch.as_tensor(a, dtype=torch.int64 if np.asarray(a).dtype.kind in 'iu' else torch.float32)
-    return People(**{k: as_tensor(v) for k, v in row.items()}).to(device)
-
-# %% ../nbs/data/12_people.ipynb #de030b27
-def _paint(u, season, skin, hair, top, low, more):
-    "Colour, second colour, pattern and scale of every material"
-    n, rgb = len(skin), lambda table: linear(np.array([[int(h[i:i+2], 16)/255 for i in (0, 2, 4)] for h in table]))
-    _, c, c2, inner, pattern, upper = top
-    _, lc, lpattern, lower = low
-    _, shoec, bagc, hatc, scarfc, tights = more
-    shade = np.stack([np.full(n, -1), np.full(n, -1), c, inner, np.where(upper == 'dress', c, lc),
-        np.full(n, COLOURS.index('black')), shoec, np.full(n, COLOURS.index('white')), bagc, hatc, scarfc], 1)
-    col = np.stack([_tint(np.maximum(s, 0)) for s in shade.T], 1)
-    col[:, 0] = rgb(_SKIN)[skin]*(1 + .24*(u['skin2'] - .5))[:, None]
-    col[:, 1] = rgb(_HAIR.values())[hair]
-    col[:, 2] = _tint(c, u['upj0'], u['upj1'], u['upj2'])
-    col[:, 3] = _tint(inner, u['inj0'], u['inj1'], u['inj2'])
-    col[:, 4] = np.where((upper == 'dress')[:, None], col[:, 2], _tint(lc, u['loj0'], u['loj1'], u['loj2']))
-    col[:, 5] = np.where(tights[:, None], col[:, 5]*1.6, col[:, 0])
-    col[:, 7] = np.where(((u['shoe'] < .5) & (more[0]['shoe'] == 0))[:, None], col[:, 7], col[:, 6]*.5)
-    second = col*np.where(col.mean(2, keepdims=True) > .1, .45, 2.2) + .01
-    second[:, 2] = _tint(c2)
-    second[:, 4] = np.where((upper == 'dress')[:, None], second[:, 2], np.where((lpattern == 9)[:, None], .75, second[:, 4]))
-    pat = np.zeros((n, 11), int)
-    pat[:, 2], pat[:, 4] = pattern, np.where(upper == 'dress', pattern, lpattern)
-    pat[:, 3] = _pick(u['innerpattern'], [70, 14, 4, 8, 4])
-    size = np.full((n, 11), .05)
-    size[:, 2], size[:, 4] = .030 + .07*u['upperscale']**1.5, .03 + .06*u['lowerscale']
-    size[:, 4] = np.where(upper == 'dress', size[:, 2], size[:, 4])
-    return dict(colour=np.clip(col, .003, .9), colour2=np.clip(second, .003, .9), pattern=pat, scale=size, shade=shade)
+    more = _extras(u, she, season)
+    row = {**body, **head, **top[0], **low[0], **more[0], **_paint(u, skin, hair, top, low, more), 'twin': twin}
+    kind = lambda a: torch.float32 if a.dtype.kind == 'f' else torch.int64
+    return People(**{k: torch.as_tensor(v, dtype=kind(v)) for k, v in row.items()}).to(device)

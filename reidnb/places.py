@@ -36,10 +36,11 @@ def project(
     return pose.focal*x/depth, pose.focal*((pose.height - y)*c - z*s)/depth, pose.focal/depth
 
 # %% ../nbs/data/15_places.ipynb #7d0252c0
-def _hash(ix, iy, seed): # lattice hash in [0,1)
-    h = (ix.long()*374761393 + iy.long()*668265263 + int(seed)*974634777) & 0xffffffff
-    h = ((h ^ (h >> 13))*1274126177) & 0xffffffff
-    return ((h ^ (h >> 16)) & 0xffff).float()/65536
+_TABLE = torch.rand(65536, generator=torch.Generator().manual_seed(20)) # random corners
+
+def _hash(ix, iy, seed): # number in [0,1) of a lattice corner; repeats after 256 corners
+    at = ((iy.int() + 57*int(seed)) & 255).mul_(256).add_((ix.int() + 131*int(seed)) & 255)
+    return _TABLE.index_select(0, at.reshape(-1)).view(at.shape)
 
 def _noise(x, y, seed): # value noise in [0,1)
     ix, iy = x.floor(), y.floor()
@@ -205,7 +206,7 @@ def make_plate(
     g = torch.Generator().manual_seed(seed)
     r = torch.rand(12, generator=g)
     stone = tuple((.42 + .3*r[0] + .09*(r[k] - .5)).item() for k in (1, 2, 3))
-    paint = tuple((.42 + .36*r[4] + .22*(r[k] - .5)).item() for k in (5, 6, 7))
+    paint = tuple((.40 + .34*r[4] + .17*(r[k] - .5) + .04*(6 - k)).item() for k in (5, 6, 7))
     dx, dy, dz = _rays(pose, 2*height, 2*width)
     far = torch.full_like(dx, 1e6)
     floor = torch.where(dy < -1e-4, pose.height/(-dy).clamp_min(1e-4), far)
@@ -242,7 +243,7 @@ def _prop(kind, u, v, foot, scale): # mask and shade of one thing standing at u=
 def make_props(
     pose:Pose, # One camera: fields are scalars
     seed:int, # Draws kinds, places and colours
-    n:int=2, # How many things
+    n:int=1, # How many things
     height:int=240, # Rows, pixels
     width:int=320, # Columns, pixels
 )->tuple: # `(rgba (4,height,width), foot (height,width))`: the layer, and the foot row in frame heights
@@ -254,7 +255,7 @@ def make_props(
     for z in sorted((4.5 + 5*torch.rand(n, generator=g)).tolist(), reverse=True):
         r = torch.rand(5, generator=g)
         kind = ('pole', 'bin', 'bench', 'railing')[int(r[0]*4)]
-        x = (r[1] - .5)*6
+        x = (r[1] - .5)*7
         pu, pv, scale = project(pose, x, torch.tensor(0.), torch.tensor(z))
         m, shade = _prop(kind, u - pu, v, pv, scale)
         color = (.16 + .32*r[2:5]).view(3, 1, 1)*shade

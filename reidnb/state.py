@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import random
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +88,6 @@ def load_checkpoint(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no checkpoint {path}')
     try: return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as e:
         raise ValueError(f'{path} ({path.stat().st_size:,} bytes) is not a whole checkpoint; '
                          f'delete it to start the run anew') from e
