@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .crops import Crops, ReIDData, _name_clash
+from .folders import _some
 
 # %% ../nbs/data/12_checks.ipynb #62e112cb
 @dataclass
@@ -29,14 +30,6 @@ class Finding:
     __repr__ = __str__
 
 # %% ../nbs/data/12_checks.ipynb #2c82ec8f
-def _some(
-    items, # Things to name
-    n:int=3, # How many to name
-)->str: # 'a, b, c and 4 more'
-    "Name a few things and count the rest"
-    items = [str(x) for x in items]
-    return ', '.join(items[:n])+(f" and {len(items)-n:,} more" if len(items)>n else '')
-
 def _files(
     crops:Crops, # A table
     rows, # Row numbers
@@ -189,8 +182,8 @@ def _check_files(
                 except (ValueError, OSError): broken.append(i)
         for rows,what in ((np.flatnonzero(sizes[k]<0), 'missing'), (np.flatnonzero(sizes[k]==0),
                           'empty (zero bytes)'), (np.array(broken, int), 'not readable as images')):
-            if len(rows): out.append(Finding('error', f"{len(rows):,} files are {what}: "
-                f"{_files(v, rows)}", k, "Copy them again or drop these rows (.rows)", {k: rows}))
+            if len(rows): out.append(Finding('error', f"files {what}: {len(rows):,} "
+                f"({_files(v, rows)})", k, "Copy them again or drop these rows (.rows)", {k: rows}))
     return out
 
 # %% ../nbs/data/12_checks.ipynb #8e269551
@@ -213,9 +206,9 @@ def _check_copies(
     leak = [g for g in groups if g not in two and 'train' in (x := {k for k,_ in g}) and len(x)>1]
     rest = [g for g in groups if g not in two and g not in leak]
     return [_copies(parts, *x) for x in (
-        ('error', two, 'appear under two ids', "Correct or drop one of each"),
-        ('error', leak, 'are in training and test', "Drop them from training"),
-        ('warning', rest, 'appear more than once', "Keep one of each unless it is intended")) if x[1]]
+        ('error', two, 'the same image under two ids', "Correct or drop one of each"),
+        ('error', leak, 'the same image in training and test', "Drop them from training"),
+        ('warning', rest, 'the same image more than once', "Keep one of each unless it is intended")) if x[1]]
 
 def _copies(
     parts:dict, # Part -> table
@@ -230,7 +223,7 @@ def _copies(
         for k,i in g: rows[k].append(i)
     named = [' = '.join(f"{k} {parts[k].file_name(i)}" for k,i in g[:3]) for g in groups[:3]]
     more = f" and {len(groups)-3:,} more" if len(groups)>3 else ''
-    return Finding(level, f"{len(groups):,} images {what}: {'; '.join(named)}{more}",
+    return Finding(level, f"{what}: {len(groups):,} ({'; '.join(named)}{more})",
                    ' and '.join(rows), fix, {k: np.array(v) for k,v in rows.items()})
 
 # %% ../nbs/data/12_checks.ipynb #2418570d

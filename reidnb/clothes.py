@@ -16,12 +16,11 @@ from .bodies import Rig, PRIMITIVES, garment_tables
 # %% ../nbs/data/13_clothes.ipynb #bfb2d953
 ROLES = ('trunk', 'neck', 'head', 'nose', 'hair', 'hat', 'thigh', 'shin', 'foot', 'arm', 'fore', 'hand',
     'skirt', 'tail', 'collar', 'bag', 'hood') # What a primitive is to the tailor
-_ROLE = dict(hips=0, seat=0, belly=0, waist=0, chest=0, bust=0, shoulders=0, neckbase=0, neck=1, head=2, nose=3,
-    hair=4, hairlong=4, hatdome=5, hatbrim=5, thighL=6, thighR=6, shinL=7, shinR=7, footL=8, footR=8, armL=9,
-    armR=9, foreL=10, foreR=10, handL=11, handR=11, skirt=12, tail=13, collar=14, bag=15, handle=15, hood=16)
-_BASE = dict(hips='lower', seat='lower', neck='skin', head='skin', nose='skin', hair='hair', hairlong='hair',
-    hatdome='hat', hatbrim='hat', thighL='lower', thighR='lower', shinL='lower', shinR='lower', footL='shoe',
-    footR='shoe', handL='skin', handR='skin', skirt='lower', bag='bag', handle='bag')
+_PRIMS = dict(trunk='hips seat belly waist chest bust shoulders neckbase', hair='hair hairlong', bag='bag handle',
+    hat='hatdome hatbrim', **{k: f'{k}L {k}R' for k in ('thigh', 'shin', 'foot', 'arm', 'fore', 'hand')})
+_ROLE = {p: i for i, r in enumerate(ROLES) for p in _PRIMS.get(r, r).split()}
+_WEARS = dict(neck='skin', head='skin', nose='skin', hair='hair', hat='hat', thigh='lower', shin='lower',
+    foot='shoe', hand='skin', skirt='lower', bag='bag') # Material of a role; the rest wears `upper`
 _M = {k: i for i, k in enumerate(MATERIALS)}
 _R = {k: i for i, k in enumerate(ROLES)}
 
@@ -41,9 +40,10 @@ class Points:
     depth: Tensor # Depth towards the camera, m, `(N,)`
 
     def at(self, table): return table.index_select(-1, self.body)
-    def take(self, sel): return Points(*[getattr(self, f.name).index_select(-1, sel) for f in fields(self)])
+    def take(self, sel):
+        return Points(*[getattr(self, f.name).index_select(-1, sel) for f in fields(self)])
 
-# %% ../nbs/data/13_clothes.ipynb #a69dea70
+# %% ../nbs/data/13_clothes.ipynb #e515317f
 def diamond(
     x:Tensor, # Sideways part of a normal, any shape
     z:Tensor, # Forward part, same shape
@@ -133,8 +133,8 @@ def materials(
 )->Tensor: # Index into `MATERIALS`, int64 `(N,)`
     "Cut the clothes: which material covers each point"
     up, low = (t.mT for t in garment_tables(q))
-    base = torch.tensor([_M[_BASE.get(p, 'upper')] for p in PRIMITIVES], device=px.t.device)
-    mat = base.index_select(0, px.prim)
+    base = torch.tensor([_M[_WEARS.get(r, 'upper')] for r in ROLES], device=px.t.device)
+    mat = base.index_select(0, px.role)
     put = lambda where, name: mat.masked_fill_(where, _M[name])
     dress = q.upper == list(UPPERS).index('dress')
     skirted = (low[3] > 0) | dress
@@ -238,7 +238,7 @@ def pattern_share(
         (relief if PATTERNS[j] == 'quilted' else share).index_copy_(0, sel, value)
     return share, relief
 
-# %% ../nbs/data/13_clothes.ipynb #60af920a
+# %% ../nbs/data/13_clothes.ipynb #fefeb66c
 def _prints(px, q, mat, rig):
     "Share of print colour on chest and back"
     code = torch.where(px.facing[2] > 0, px.at(q.print[:, 0]), px.at(q.print[:, 1]))
@@ -255,11 +255,12 @@ def _prints(px, q, mat, rig):
     disc = _step(.80 - r, 5.)*(1 - .9*_step(.12 - (r - .5).abs(), 6.))
     bits = ((x*2.6).floor()*12.9 + (y*5).floor()*7.7 + seed*91.)*.618
     letters = (bits - bits.floor() > .42)*_step(.42 - y.abs(), 6.)*_step(1.15 - x.abs(), 6.)
-    picture = _step(.85 - torch.maximum(x.abs(), y.abs()), 6.)*(.35 + .65*_step(_blotch(y + seed*9, x, .35), 3.))
+    square = _step(.85 - torch.maximum(x.abs(), y.abs()), 6.)
+    picture = square*(.35 + .65*_step(_blotch(y + seed*9, x, .35), 3.))
     value = torch.stack([badge, disc, letters, picture]).gather(0, (code - 1)[None])[0]
     return share.index_copy_(0, sel, value)
 
-# %% ../nbs/data/13_clothes.ipynb #c6bdb7c6
+# %% ../nbs/data/13_clothes.ipynb #7455997b
 def _mix(rgb, other, m): return rgb + (other - rgb)*m
 
 def _trims(px, q, rgb, mat, rig, up):
@@ -271,7 +272,8 @@ def _trims(px, q, rgb, mat, rig, up):
     rgb = _mix(rgb, rgb*.40, zipped*_step(.0035 - x.abs(), 400.))
     button = upper & front & at((up[4] == 1) & shut)
     rgb = _mix(rgb, rgb*.55, .7*button*_step(.0022 - x.abs(), 500.))
-    rgb = _mix(rgb, rgb*.55, (upper & front & at(q.open > 0))*_step(.004 - (x.abs() - at(q.open)*.085).abs(), 300.)*.5)
+    edge = upper & front & at(q.open > 0)
+    rgb = _mix(rgb, rgb*.55, .5*edge*_step(.004 - (x.abs() - at(q.open)*.085).abs(), 300.))
     belt = (mat == _M['lower']) & (f > .15) & (f < .21) & at(q.noise[:, 2] > .4)
     rgb = _mix(rgb, rgb*.25 + .01, belt*1.)
     bag = q.colour[:, _M['bag']].mT.index_select(1, px.body)
@@ -280,15 +282,16 @@ def _trims(px, q, rgb, mat, rig, up):
     sling = at(q.bag == 2)*_step(.042 - (f - .55 - side*x*4.6).abs(), 60.)
     return _mix(rgb, bag*.85, torch.maximum(pack, sling))
 
-# %% ../nbs/data/13_clothes.ipynb #d17b7a79
-def _box(x, y, sx, sy): return lambda cx, wx, cy, wy: _step(wx - (x - cx).abs(), sx)*_step(wy - (y - cy).abs(), sy)
+# %% ../nbs/data/13_clothes.ipynb #13548149
+def _box(x, y, sx, sy):
+    return lambda cx, wx, cy, wy: _step(wx - (x - cx).abs(), sx)*_step(wy - (y - cy).abs(), sy)
 
 def _features(p, q, rgb, y, box, f, hair):
     "Eyes, brows, lips, cheeks and beard"
     dark, n = hair*.30 + .006, p.at(q.noise[:, 5])
     flush = f*box(.46, .20, .036, .012)
     rgb = rgb*torch.stack([torch.ones_like(y), 1 - .12*flush, 1 - .12*flush])
-    rgb = _mix(rgb, rgb*.72, f*(box(.34, .16, .070, .008)*.7 + box(0, .10, .037, .003)))     # sockets, nostrils
+    rgb = _mix(rgb, rgb*.72, f*(box(.34, .16, .070, .008)*.7 + box(0, .10, .037, .003)))  # sockets
     rgb = _mix(rgb, dark, .70*f*box(.36, .18, .078 + .003*n, .0026))
     rgb = _mix(rgb, torch.full_like(rgb, .45), .45*f*box(.35, .12, .0645, .0036))
     rgb = _mix(rgb, torch.full_like(rgb, .012), .85*f*box(.35, .060, .0645, .0040))
@@ -320,7 +323,7 @@ def face(
     worn = p.at(q.glasses)
     return _mix(rgb, torch.full_like(rgb, .015), torch.where(worn == 2, lens, .8*rim*(worn == 1)).clamp(0, 1))
 
-# %% ../nbs/data/13_clothes.ipynb #425cfd2f
+# %% ../nbs/data/13_clothes.ipynb #7741e185
 def _folds(px, q, mat, along, across):
     "Slow folds of the cloth and strands of the hair, a factor about 1"
     n0, n1 = px.at(q.noise[:, 4]), px.at(q.noise[:, 5])
@@ -328,14 +331,13 @@ def _folds(px, q, mat, along, across):
     warp = .33*wave(7.*across + 2.3*along + n1*5)
     fold = wave(5.1*along + 3.7*across + n0*7 + warp) + .8*wave(9.3*along - 8.1*across + 3*n1 + warp)
     bent = 4*torch.where((px.role == _R['thigh']) | (px.role == _R['arm']), 1 - px.t, px.t)
-    joint = (1 - bent).clamp(0, 1)*((px.role >= _R['thigh']) & (px.role <= _R['fore']) & (px.role != _R['foot']))
+    limb = (px.role >= _R['thigh']) & (px.role <= _R['fore']) & (px.role != _R['foot'])
+    joint = (1 - bent).clamp(0, 1)*limb
     ripple = joint*wave(22*along + 2*warp)
     strand = .09*wave(px.around*5.5 + .3*wave(px.place[1]*14)) + .06*wave(px.around*13.1 + 3*n0)
     return 1 + cloth*(.050*fold + .07*ripple) + (mat == _M['hair'])*strand
 
-# %% ../nbs/data/13_clothes.ipynb #e992bbad
-_GLOSS = dict(skin=.05, hair=.16, upper=.02, inner=.02, lower=.015, hose=.04, shoe=.16, sole=.03, bag=.10,
-    hat=.02, scarf=.01)
+# %% ../nbs/data/13_clothes.ipynb #b6e5e803
 def illuminate(
     px:Points, # Visible points, `N`
     rgb:Tensor, # Albedo, linear, `(3,N)`
@@ -356,31 +358,44 @@ def illuminate(
     lit = amb*(.74 + .26*px.facing[1]) + 1.25*sun*d*d.sqrt()
     return rgb*lit + (gloss*s + .02*rim*rim*rim)*(.25 + .75*sun)
 
-# %% ../nbs/data/13_clothes.ipynb #7741e185
+# %% ../nbs/data/13_clothes.ipynb #f91f0ccd
+_GLOSS = dict(skin=.05, hair=.16, upper=.02, inner=.02, lower=.015, hose=.04, shoe=.16, sole=.03, bag=.10,
+    hat=.02, scarf=.01)
+def _redraw(rgb, px, on, draw):
+    "Replace the colours of some points by what `draw` makes of them"
+    sel = on.nonzero()[:, 0]
+    return rgb.index_copy_(1, sel, draw(px.take(sel), rgb.index_select(1, sel), sel))
+
+# %% ../nbs/data/13_clothes.ipynb #46153a50
 def paint(
     px:Points, # Visible points, `N`
     q:People, # One row a body, `B`
-    rig:Rig, # Their posed bodies, `B`
+    rig:Rig, # Their posed bodies with a pixel size, `B`
     light:Tensor, # Unit direction towards the light in camera axes, `(B,3)`
     ambient:Tensor, # Share of light from the sky, `(B,)`
 )->Tensor: # Linear colour, `(3,N)`
     "Colour and light of the visible points"
-    mat = materials(px, q, rig)
+    mat, up = materials(px, q, rig), garment_tables(q)[0].mT
     along, across = cloth_coordinates(px, px.at(rig.height))
     share, relief = pattern_share(px, q, mat, along, across, rig.pixel)
     share = torch.maximum(share, _prints(px, q, mat, rig))
     k = px.body*len(MATERIALS) + mat
     table = lambda t: t.reshape(-1, 3).mT.contiguous().index_select(1, k)
     rgb = _mix(table(q.colour), table(q.colour2), share)
-    for roles, draw in ((('trunk', 'tail'), lambda *a: _trims(*a, garment_tables(q)[0].mT)), (('head',), None)):
-        on = torch.stack([px.role == _R[r] for r in roles]).any(0).nonzero()[:, 0]
-        p, c = px.take(on), rgb.index_select(1, on)
-        rgb.index_copy_(1, on, face(p, q, c, rig) if draw is None else draw(p, q, c, mat[on], rig))
+    trunk = (px.role == _R['trunk']) | (px.role == _R['tail'])
+    rgb = _redraw(rgb, px, trunk, lambda p, c, sel: _trims(p, q, c, mat[sel], rig, up))
+    rgb = _redraw(rgb, px, px.role == _R['head'], lambda p, c, sel: face(p, q, c, rig))
     shade = relief*_folds(px, q, mat, along, across)*torch.where(px.role == _R['neck'], .72, 1.)
     gloss = torch.tensor(list(_GLOSS.values()), device=mat.device).index_select(0, mat)
     return illuminate(px, rgb*shade, gloss, light, ambient)
 
-# %% ../nbs/data/13_clothes.ipynb #b6e5e803
-def paint_plain(px, q, rig, light, ambient):
-    "Grey body without clothes, arguments of `paint`"
+# %% ../nbs/data/13_clothes.ipynb #6fd03522
+def paint_plain(
+    px:Points, # Visible points, `N`
+    q:People, # One row a body, `B`; not used
+    rig:Rig, # Their posed bodies; not used
+    light:Tensor, # Unit direction towards the light in camera axes, `(B,3)`
+    ambient:Tensor, # Share of light from the sky, `(B,)`
+)->Tensor: # Linear grey, `(3,N)`
+    "Light on a grey body"
     return illuminate(px, torch.full_like(px.normal, .42), torch.zeros_like(px.t), light, ambient)

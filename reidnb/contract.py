@@ -24,6 +24,7 @@ import reidnb
 from .crops import CropDataset, Crops, ReIDData
 from .evaluation import Metrics, cosine_distance, evaluate_features
 from .extraction import extract
+from .processes import rank_size
 from .state import write_atomic
 
 # %% ../nbs/training/09_contract.ipynb #7cbb5cff
@@ -104,7 +105,7 @@ def optimizer(self:Method,
 # %% ../nbs/training/09_contract.ipynb #e910df51
 @patch
 def loader(self:Method,
-    sampler, # Batch sampler with `set_epoch`, see `reidnb.samplers`
+    sampler, # Plans batches over all processes, see `reidnb.samplers`
     transform, # From PIL image to tensor
 )->DataLoader: # Yields (images, rows)
     "A loader over the training crops; augmentation depends on (seed, epoch, row) alone, not on `workers`"
@@ -117,9 +118,10 @@ def batches(self:Method,
     loader, # What `loader` returned
     n:int, # Epoch, from 0
 )->Iterable[Batch]: # Batches of this epoch
-    "The batches of epoch n"
+    "The batches of epoch n; each process gets its part of every batch"
     loader.dataset.set_epoch(n)
     loader.batch_sampler.set_epoch(n)
+    loader.batch_sampler.rank, loader.batch_sampler.world = rank_size()
     return (Batch(images, index) for images,index in loader)
 
 # %% ../nbs/training/09_contract.ipynb #f8191092

@@ -383,7 +383,7 @@ class CropDataset(Dataset):
         if self.seed is None: return self.transform(image), i
         state = np.random.SeedSequence((self.seed, int(self._epoch), i)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(state[0]))
+            torch.default_generator.manual_seed(int(state[0]))   # torch.manual_seed would wake the GPUs too
             return self.transform(image), i
 
 # %% ../nbs/data/10_crops.ipynb #e1f098fa
@@ -423,6 +423,9 @@ class ReIDData:
         from reidnb.checks import validate
         return validate(self, read_images)
 
+    def __repr__(self): return _data_text(self)
+    def _repr_markdown_(self): return _data_markdown(self)
+
 # %% ../nbs/data/10_crops.ipynb #ce4afa7f
 @patch
 def need(self:ReIDData,
@@ -446,19 +449,19 @@ def _facts(
     return out + ([f"terms: {data.licence}"] if data.licence else [])
 
 # %% ../nbs/data/10_crops.ipynb #f23b75b2
-@patch
-def _repr_markdown_(self:ReIDData,
+def _data_markdown(
+    data:ReIDData, # A dataset
 )->str: # Markdown
     "Parts, notes and samples for a notebook"
-    rows = [f"| {k} | " + ' | '.join(_counts(v).values()) + ' |' for k,v in self.subsets.items()]
-    head = [f"**{self.name or 'data'}**", '', '| part | images | ids | cameras | seconds |',
+    rows = [f"| {k} | " + ' | '.join(_counts(v).values()) + ' |' for k,v in data.subsets.items()]
+    head = [f"**{data.name or 'data'}**", '', '| part | images | ids | cameras | seconds |',
             '|---|---|---|---|---|']
-    strips = [_strip(v) for v in self.subsets.values() if v]
-    return '\n'.join([*head, *rows, '', *(f"* {x}" for x in _facts(self)), '', *strips[:1]])
+    strips = [_strip(v) for v in data.subsets.values() if v]
+    return '\n'.join([*head, *rows, '', *(f"* {x}" for x in _facts(data)), '', *strips[:1]])
 
-@patch
-def __repr__(self:ReIDData,
+def _data_text(
+    data:ReIDData, # A dataset
 )->str: # One line a part
     "Parts and notes as plain text"
-    parts = [f"  {k:8}{'none' if v is None else v}" for k,v in self.subsets.items()]
-    return '\n'.join([f"ReIDData {self.name!r}", *parts, *(f"  {x}" for x in _facts(self))])
+    parts = [f"  {k:8}{'none' if v is None else v}" for k,v in data.subsets.items()]
+    return '\n'.join([f"ReIDData {data.name!r}", *parts, *(f"  {x}" for x in _facts(data))])

@@ -32,7 +32,7 @@ class DatasetSpec:
     junk:tuple=(-1,) # Person numbers of unusable crops: dropped and counted
     distractors:tuple=(0,) # Person numbers of crops that show nobody: kept in the gallery as pid 0
     clock:Callable=None # Columns of all parts, junk included -> seconds; None: times unknown
-    listing:Callable=None # (entry, source) -> part -> columns, for parts that are not folders
+    listing:Callable=None # (entry, source) -> names, columns (by part), notes; None: one folder a part
     counts:dict=field(default_factory=dict) # Part -> (images without junk, people)
     licence:str='' # Terms, one line
     consent:str='' # What is known about the people's consent
@@ -88,9 +88,10 @@ DATASETS = {s.name: s for s in ( # Name -> entry
 
 # %% ../nbs/data/30_datasets.ipynb #3d9180a0
 def find_spec(
-    name:str, # Name or alias of a dataset; case, dots and dashes do not count
+    name:str, # Name or alias of a dataset (case, dots, dashes do not count), or an entry itself
 )->DatasetSpec: # Its entry
     "Look a dataset up by name"
+    if isinstance(name, DatasetSpec): return name
     names = {_plain(x): s for s in DATASETS.values() for x in (*s.aliases, s.name)}
     if _plain(name) in names: return names[_plain(name)]
     near = list(dict.fromkeys(names[x].name for x in difflib.get_close_matches(_plain(name), names)))
@@ -215,6 +216,19 @@ def _parse(
                          f"cameras start at {spec.cam_base}")
     return out
 
+def _by_folder(
+    spec:DatasetSpec, # Entry
+    source, # `_Folder` or `_Zip`
+)->tuple: # Part -> names, part -> columns, notes
+    "List a dataset that has one folder a part"
+    names, columns, notes = {}, {}, []
+    for k,sub in spec.parts.items():
+        names[k], others = source.names(sub)
+        columns[k] = _parse(spec, names[k], source.path/sub)
+        if others: notes.append(f"{k}: files that are no images, left out: {len(others):,} "
+                                f"({_some(others)})")
+    return names, columns, notes
+
 # %% ../nbs/data/30_datasets.ipynb #7cc65c34
 def _build(
     spec:DatasetSpec, # Entry
@@ -255,20 +269,16 @@ def _differences(
 
 # %% ../nbs/data/30_datasets.ipynb #a1b78103
 def load(
-    name:str, # Name of the dataset, such as 'market1501'
+    name:str, # Name of the dataset, such as 'market1501', or an entry of your own
     root=None, # Its folder, parent or zip file; None: `$REIDNB_DATA`, then `data/`
     strict:bool=False, # Refuse counts that differ from the published ones
 )->ReIDData: # Train, query and gallery; how the counts came about is in `notes`
     "Load a public dataset from disk"
     spec = find_spec(name)
     source = _find(spec, root)
-    names, columns, notes = {}, {}, []
-    for k,sub in spec.parts.items():
-        names[k], others = source.names(sub)
-        if others: notes.append(f"{k}: {len(others):,} other files left out: {_some(others)}")
-        columns[k] = _parse(spec, names[k], source.path/sub)
-    if spec.listing: names, columns = spec.listing(spec, source)
-    shared = {c: np.concatenate([v[c] for v in columns.values()]) for c in columns['train']}
+    names, columns, notes = (spec.listing or _by_folder)(spec, source)
+    shared = {c: np.concatenate([v[c] for v in columns.values()])
+              for c in set.intersection(*(set(v) for v in columns.values()))}
     seconds, at = spec.clock(shared) if spec.clock else None, 0
     out = ReIDData(name=spec.title, licence=spec.licence)
     for k in spec.parts:

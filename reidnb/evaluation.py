@@ -7,13 +7,14 @@ __all__ = ['Protocol', 'Metrics', 'find_matches', 'negatives_before', 'hit_preci
            'evaluate_features']
 
 # %% ../nbs/ranking/10_evaluation.ipynb #a62df0a3
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 import math
 import warnings
-import numpy as np
 from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
 from .crops import JUNK
 
 # %% ../nbs/ranking/10_evaluation.ipynb #607fb919

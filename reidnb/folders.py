@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .crops import DISTRACTOR, JUNK, UNKNOWN, Crops, ReIDData, _name_clash, concat
+from .crops import DISTRACTOR, JUNK, UNKNOWN, Crops, ReIDData, concat
 
 # %% ../nbs/data/11_folders.ipynb #52c59258
 _suffixes = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
@@ -176,7 +176,7 @@ def from_folder(
                          f"of layout {layout!r}: {_some(wrong)}")
     split = list(zip(*[x.split('/') for x in names]))
     columns = {short[x]: split[k] for k,x in enumerate(levels) if short[x]}
-    notes = [f"{len(others):,} other files left out: {_some(others)}"] if others else []
+    notes = [f"files that are no images, left out: {len(others):,} ({_some(others)})"] if others else []
     return _table([f"{Path(root).expanduser()}/{x}" for x in names], columns,
                   Path(root).name if name is None else name, distractors, junk, notes)
 
@@ -280,8 +280,8 @@ def from_regex(
     if 'time' in columns: columns['time'] = _times(columns['time'], lambda i: good[i])
     elif 'frame' in columns and fps:
         columns['time'] = _times(columns['frame'], lambda i: good[i])/fps
-    notes = [f"{len(x):,} {what} left out: {_some(x)}" for x,what in
-             ((others, 'other files'), (bad, 'images that do not match the pattern')) if x]
+    notes = [f"files that {what}, left out: {len(x):,} ({_some(x)})" for x,what in
+             ((others, 'are no images'), (bad, 'do not match the pattern')) if x]
     return _table([f"{Path(root).expanduser()}/{x}" for x in good], columns,
                   Path(root).name if name is None else name, distractors, junk, notes)
 

@@ -58,7 +58,7 @@ LOWERS = {
     'jeans':        (1.97, .010, .014, .00, 26,20,34,26, 34,26),
     'slim jeans':   (1.93, .002, .003, .00, 10,18,14,26, 14,28),
     'trousers':     (1.99, .014, .022, .00, 14, 8,22,10, 24,12),
-    'wide trousers':(1.98, .022, .048, .00,  3,10, 4,10,  4,10),
+    'wide trousers':(2.20, .020, .034, .00,  3,10, 4,10,  4,10),
     'sweatpants':   (1.92, .014, .016, .00,  9, 5,12, 6, 14, 8),
     'leggings':     (1.88, .000, .000, .00,  0, 9, 0,12,  0, 8),
     'shorts':       (.90,  .024, .010, .00, 38,16, 6, 2,  0, 0),
@@ -66,6 +66,8 @@ LOWERS = {
     'skirt':        (.00,  .000, .000, .58,  0, 9, 0, 8,  0, 5),
     'long skirt':   (.00,  .000, .000, .85,  0, 6, 0, 4,  0, 3),
 } # Lower garments
+
+# %% ../nbs/data/12_people.ipynb #8c70fa06
 HAIRS = ('bald', 'cropped', 'short', 'full', 'bob', 'long', 'ponytail', 'bun') # Hair styles
 SHOES = ('sneakers', 'shoes', 'boots', 'sandals') # Footwear
 BAGS = ('no bag', 'backpack', 'shoulder bag', 'handbag', 'tote') # Bags
@@ -126,7 +128,8 @@ def describe(
         m = MATERIALS.index(material)
         p = PATTERNS[pattern[m]]
         return f"{'' if p == 'plain' else p + ' '}{COLOURS[shade[m]]} {kind}"
-    kind = 'child' if get('head') > 1.13 and get('height') < 1.5 else 'woman' if get('femme') > .5 else 'man'
+    child = get('head') > 1.13 and get('height') < 1.5
+    kind = 'child' if child else 'woman' if get('femme') > .5 else 'man'
     upper, lower = list(UPPERS)[get('upper')], list(LOWERS)[get('lower')]
     words = [f"{kind} of {get('height'):.2f} m", f"{HAIRS[get('hair')]} hair", cloth(upper, 'upper')]
     if upper != 'dress': words.append(cloth(lower, 'lower'))

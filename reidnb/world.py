@@ -41,14 +41,14 @@ _OUT, _IN = False, True
 _CAMPUS = Style(places=(('pavement', 'brick', _OUT), ('grass', 'hedge', _OUT), ('pavement', 'glass', _OUT),
     ('cobbles', 'brick', _OUT), ('asphalt', 'hedge', _OUT), ('pavement', 'concrete', _OUT)), sun=(.3, .9))
 _STATION = Style(places=(('platform', 'concrete', _IN), ('tiles', 'plaster', _IN), ('platform', 'brick', _IN),
-    ('tiles', 'concrete', _IN)), height=(2.8, 4.2), tint=(.88, 1.02, 1.1), gain=(.42, 1.), gamma=(.85, 1.35),
-    saturation=(.45, .95), haze=(0., .12), blur=(.4, 1.5), noise=(.02, .06), rows=(240, 560), quality=(30, 75),
+    ('tiles', 'concrete', _IN)), height=(2.8, 4.2), tint=(.9, 1.02, 1.08), gain=(.55, 1.05), gamma=(.88, 1.25),
+    saturation=(.5, .95), haze=(0., .1), blur=(.4, 1.3), noise=(.015, .045), rows=(240, 560), quality=(30, 75),
     sun=(.05, .35))
 _MALL = Style(places=(('tiles', 'shops', _IN), ('planks', 'glass', _IN), ('tiles', 'glass', _IN),
-    ('tiles', 'shops', _IN), ('planks', 'plaster', _IN)), height=(3., 4.6), tint=(1.12, 1., .85), gain=(.8, 1.6),
-    saturation=(.7, 1.4), contrast=(.8, 1.25), haze=(0., .1), rows=(320, 720), quality=(50, 90), sun=(.1, .5))
+    ('tiles', 'shops', _IN), ('planks', 'plaster', _IN)), height=(3., 4.6), tint=(1.12, 1., .85), gain=(.85, 1.5),
+    saturation=(.8, 1.35), contrast=(.85, 1.2), haze=(0., .1), rows=(320, 720), quality=(50, 90), sun=(.1, .5))
 _HARBOUR = Style(places=(('planks', 'containers', _OUT), ('asphalt', 'containers', _OUT), ('cobbles', 'brick', _OUT),
-    ('planks', 'hedge', _OUT), ('asphalt', 'concrete', _OUT)), tint=(.95, 1., 1.07), haze=(.05, .3), sun=(.1, 1.))
+    ('planks', 'hedge', _OUT), ('asphalt', 'concrete', _OUT)), tint=(.95, 1., 1.07), haze=(.03, .24), sun=(.1, 1.))
 
 # %% ../nbs/data/20_world.ipynb #7e6fd3cd
 SITES = {s.name: s for s in (
@@ -95,8 +95,7 @@ def _moments(rng, visits, count): # (row of visit, frame) of every crop
     row = np.repeat(np.arange(len(visits)), count)
     place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     share = (place + .5 + .5*rng.uniform(-.5, .5, len(row)))/count[row]
-    return row, np.round(25*(visits.start + visits.seconds*share.clip(.03, .97))[row] if False else
-                         25*(visits.start[row] + visits.seconds[row]*share.clip(.03, .97))).astype(int)
+    return row, np.round(25*(visits.start[row] + visits.seconds[row]*share.clip(.03, .97))).astype(int)
 
 def _ground(visits, row, frame, rate, phase): # x, z, yaw, phase at a frame
     t = frame/25 - visits.start[row]

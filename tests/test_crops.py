@@ -165,6 +165,35 @@ def test_made_data_is_sound(t):
     assert not bad, bad
 
 
+@quick
+@given(tables(12, 3), tables(12, 3), st.booleans())
+def test_unanswerable_queries_are_found(query, gallery, cross):
+    "The rows of the findings are the queries a literal search cannot answer"
+    findings = validate(ReIDData(query=query, gallery=gallery, cross_camera=cross))
+    if not (len(query) and len(gallery) and query.labelled): return
+    blind = any((((c.cams < 0) & (c.pids > 0)).any()) for c in (query, gallery))
+    if cross and blind:
+        assert any('unknown' in f.what and f.level == 'error' for f in findings)
+        return
+    found = [i for f in findings if 'queries' in f.what for i in f.rows['query']]
+    slow = [i for i, (p, c) in enumerate(zip(query.pids, query.cams)) if p > 0 and not any(
+        p == q and (c != d or not cross) for q, d in zip(gallery.pids, gallery.cams))]
+    assert sorted(found) == slow
+    if len(slow) == (query.pids > 0).sum(): assert any(f.level == 'error' for f in findings)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 2)), max_size=8), st.lists(st.integers(0, 6), max_size=5))
+def test_copies_are_found(train, gallery):
+    "Equal bytes, their ids and parts, against a literal comparison"
+    a = Crops([b'%03d' % x for x, _ in train], [p for _, p in train])
+    b = Crops([b'%03d' % x for x in gallery], [9]*len(gallery))
+    found = {(k, i) for f in validate(ReIDData(train=a, gallery=b)) if 'the same image' in f.what
+             for k, rows in f.rows.items() for i in rows}
+    every = [('train', i, x) for i, x in enumerate(a.images)]+[('gallery', i, x) for i, x in enumerate(b.images)]
+    assert found == {(k, i) for k, i, x in every if sum(x == y for _, _, y in every) > 1}
+
+
 # --- damaged folders --------------------------------------------------------------------------------------
 DAMAGES = ('delete', 'truncate', 'zero', 'rename', 'hidden', 'foreign', 'garbage')
 
@@ -212,7 +241,7 @@ def test_damaged_folder_is_read_right_or_named(layout, damages):
             if spoilt: bad.add(spoilt)
         crops = from_folder(root, layout)
         assert sorted(crops.images) == sorted(map(str, files))
-        if any(how == 'foreign' for how, _ in damages): assert 'other files left out' in crops.notes[0]
+        if any(how == 'foreign' for how, _ in damages): assert 'no images, left out' in crops.notes[0]
         for i in range(len(crops)):   # every image is read, or the error names it
             if Path(crops.images[i]) in bad:
                 with pytest.raises(ValueError, match=Path(crops.images[i]).name): crops.image(i)
@@ -279,6 +308,7 @@ def test_roots_that_are_wrong(tmp_path):
 def test_links_in_circles(tmp_path):
     build(tmp_path/'x', 'person')
     (tmp_path/'x'/'loop').symlink_to(tmp_path/'x', target_is_directory=True)
+    (tmp_path/'x'/'ann'/'loop').symlink_to(tmp_path/'x'/'ann', target_is_directory=True)
     assert len(list_images(tmp_path/'x')[0]) == 12
 
 

@@ -1,0 +1,74 @@
+"The command line in processes of its own: exit statuses, one-line errors, Ctrl-C and resume, a disk that is full."
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reidnb.training import read_log
+
+RUN = [sys.executable, '-m', 'reidnb.cli']
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+SMALL = ['train', 'baseline-small', '--data', 'world:campus', '--train-people', '10', '--test-people', '6',
+         '--height', '64', '--width', '32', '--p', '4', '--no-before', '--weights', 'none']
+
+
+def run(*args, **kw): return subprocess.run([*RUN, *map(str, args)], capture_output=True, text=True, env=ENV, timeout=300, **kw)
+
+
+def test_train_then_eval_and_search(tmp_path):
+    r = run(*SMALL, '--epochs', 2, '--out', tmp_path / 'run')
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert 'after training' in r.stdout and 'mAP' in r.stdout
+    assert {'model.safetensors', 'log.jsonl', 'card.json', 'report.html'} <= {p.name for p in (tmp_path / 'run').iterdir()}
+    e = run('eval', tmp_path / 'run', '--data', 'world:campus', '--train-people', 10, '--test-people', 6)
+    assert e.returncode == 0, e.stderr[-2000:]
+    score = r.stdout.split('after training')[1].split('|')[0].strip()
+    assert score in e.stdout, 'eval prints the score that training printed'
+
+
+@pytest.mark.parametrize('args,word', [
+    (['train', 'baseline-small', '--data', 'no/such/folder'], 'no/such/folder'),
+    (['train', 'baseline-small', '--data', 'marked1501'], 'market1501'),
+    (['search', 'none.jpg', '--gallery', 'nowhere'], 'nowhere'),
+    (['eval', 'runs/none'], 'runs/none'),
+    (['world', '--site', 'camps'], 'campus'),
+])
+def test_an_error_is_one_line(args, word, tmp_path):
+    r = run(*args, cwd=tmp_path)
+    assert r.returncode == 2 and word in r.stderr and 'Traceback' not in r.stderr
+    assert r.stderr.startswith('reidnb: ') and r.stderr.count('\n') == 1
+
+
+def test_unknown_recipe_lists_those_there_are(tmp_path):
+    r = run('train', 'icee', cwd=tmp_path)
+    assert r.returncode == 2 and 'baseline-small' in r.stderr + r.stdout
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
+    args = [*RUN, *SMALL, '--epochs', '40', '--out', str(tmp_path / 'run'), '--no-report']
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    deadline = time.time() + 120
+    while not (tmp_path / 'run' / 'checkpoint.pt').exists() and time.time() < deadline: time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130 and 'goes on' in err and 'Traceback' not in err
+    done = sum('images' in row for row in read_log(tmp_path / 'run'))
+    assert 1 <= done < 40
+    args[args.index('40')] = str(done + 2)
+    r = subprocess.run(args, capture_output=True, text=True, env=ENV, timeout=300)
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert [row['epoch'] for row in read_log(tmp_path / 'run') if 'images' in row] == list(range(done + 2))
+
+
+def test_full_disk_is_one_line(tmp_path):
+    "No file may grow beyond 100 kB: the first checkpoint cannot be written"
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    r = run(*SMALL, '--epochs', 2, '--out', tmp_path / 'run', preexec_fn=limit)
+    assert r.returncode == 2 and 'cannot write' in r.stderr and 'Traceback' not in r.stderr
+    assert not list((tmp_path / 'run').glob('*.part'))
