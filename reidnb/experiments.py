@@ -7,12 +7,10 @@ __all__ = ['RECIPES', 'recipe', 'open_data', 'reserve', 'check', 'describe', 'Re
 
 # %% ../nbs/practice/10_experiments.ipynb #bac2697c
 import importlib
-import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .cards import make_card, write_card
@@ -23,7 +21,7 @@ from .evaluation import Metrics
 from .folders import from_csv, make_data, split_ids, split_query_gallery
 from .processes import rank_size
 from .training import Method, Settings, fit, score, seed_everything
-from .world import SITES, make_site
+from .world import make_site
 
 # %% ../nbs/practice/10_experiments.ipynb #e9dbdf4c
 RECIPES = { # Name -> module of the method, its class, its settings class, and what differs from their defaults
@@ -139,7 +137,9 @@ def run_experiment(
     seconds = dict(prepare=prepared, test=time.perf_counter()-start,
                    train=sum(r['seconds'] for r in log if 'images' in r))   # of all sittings of a resumed run
     scores = {k: m.to_dict() for k,m in (('before', first), ('after', last)) if m is not None}
-    card = make_card(name, s, describe(data), scores, seconds, s.seed,
+    shown = asdict(s)
+    if shown.get('weights'): shown['weights'] = Path(shown['weights']).name   # a card names no folder of a machine
+    card = make_card(name, shown, describe(data), scores, seconds, s.seed,
                      selection='best on held-out people' if s.select=='holdout' else 'last epoch')
     if rank_size()[0]==0: write_card(card, Path(out)/'card.json')
     return Result(method, last, first, log, card, Path(out))

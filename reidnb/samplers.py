@@ -6,7 +6,6 @@
 __all__ = ['PlannedSampler', 'ShuffleSampler', 'PKSampler']
 
 # %% ../nbs/data/50_samplers.ipynb #eee8ee88
-import torch
 import copy
 import warnings
 import numpy as np
@@ -117,7 +116,7 @@ class PKSampler(PlannedSampler):
         *,
         mode:str='exhaustive', # `exhaustive` or `one-pass`
         seed:int=0, # Seed of all epochs
-        epoch_size:int=None, # Batches an epoch; None: as many as one pass gives
+        epoch_size:int|None=None, # Batches an epoch; None: as many as one pass gives
         first:int=1, # Lowest number that is a person: 1 for pids, 0 for labels
     ):
         super().__init__(seed)

@@ -7,7 +7,6 @@ __all__ = ['seed_everything', 'random_state', 'set_random_state', 'write_atomic'
 
 # %% ../nbs/training/04_state.ipynb #a682cf20
 import io
-import json
 import os
 import pickle
 import random

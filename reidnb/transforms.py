@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2 as T
 import numpy as np
-from PIL import Image
 
 # %% ../nbs/data/40_transforms.ipynb #ecdc6ca1
 IMAGENET_MEAN = (.485, .456, .406) # Mean of red, green, blue over ImageNet, in `[0,1]`

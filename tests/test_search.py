@@ -1,7 +1,5 @@
 "Search against a full sort, on anything hypothesis thinks of; a saved gallery against faults."
-import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from reidnb.crops import Crops, toy_crops
-from reidnb.search import (Gallery, Hits, build_gallery, compare_images, load_gallery, nearest)
+from reidnb.search import (build_gallery, compare_images, load_gallery, nearest)
 
 
 class Mean(nn.Module):

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..backbones import Classifier, Encoder, make_backbone
 from ..crops import Crops
 from ..losses.metric import batch_hard_triplet
 from ..processes import gather
 from ..samplers import PKSampler, ShuffleSampler
-from ..training import Batch, Method, Settings
+from ..training import Method, Settings
 from ..transforms import train_transform
 
 # %% ../../nbs/methods/10_baseline.ipynb #493909fc
