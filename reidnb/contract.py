@@ -46,6 +46,7 @@ class Settings:
     accumulate:int=1 # Batches per optimiser step
     precision:str='no' # `no` (float32), `bf16` or `fp16`
     workers:int=0 # Loader processes; results do not depend on it
+    tensorboard:bool=False # Also log for TensorBoard (`pip install tensorboard`)
     holdout:float=0. # Share of training people held out, in `[0,1)`; used only for selection
     select:str='last' # `last` epoch, or best on the `holdout`; never the test set
     eval_every:int=10 # Epochs between evaluations on the held-out people

@@ -68,8 +68,9 @@ class Run:
     ):
         s = method.settings
         self.out, self.epoch, self.step, self.best, self.progress = Path(out), 0, 0, -1., progress
-        self.accelerator = Accelerator(mixed_precision=s.precision,
-                                       gradient_accumulation_steps=s.accumulate)
+        self.accelerator = Accelerator(mixed_precision=s.precision, gradient_accumulation_steps=s.accumulate,
+                                       log_with='tensorboard' if s.tensorboard else None, project_dir=out)
+        if s.tensorboard: self.accelerator.init_trackers('tensorboard')
         if self.accelerator.num_processes>1: global_batch_norm(method)
         self.method = method.to(self.accelerator.device)
         self.optimizer = method.optimizer()
@@ -79,8 +80,11 @@ class Run:
         self.log = None
 
     def write(self, row):
+        if not self.main: return
         if self.log is None: self.log = open(self.out/'log.jsonl', 'a')
-        if self.main: self.log.write(json.dumps(row)+'\n'); self.log.flush()
+        self.log.write(json.dumps(row)+'\n')
+        self.log.flush()
+        if self.method.settings.tensorboard: self.accelerator.log(row, step=row.get('step', self.step))
 
 # %% ../nbs/training/10_training.ipynb #55a2a105
 @patch
@@ -95,7 +99,8 @@ def save(self:Run,
     scaler = self.accelerator.scaler
     state = dict(epoch=self.epoch, step=self.step, best=self.best, method=self.method.state_dict(),
                  optimizer=self.optimizer.state_dict(), rng=rng, log=(self.out/'log.jsonl').stat().st_size,
-                 settings=asdict(self.method.settings), scaler=scaler.state_dict() if scaler else {})
+                 settings=asdict(self.method.settings), scaler=scaler.state_dict() if scaler else {},
+                 data=self.method.crops.fingerprint())
     save_checkpoint(self.out/'checkpoint.pt', state)
 
 # %% ../nbs/training/10_training.ipynb #2d1bbec5
@@ -106,7 +111,7 @@ def _same_settings(
 )->None: # Nothing; raises when they differ
     "Refuse to go on with other settings"
     then, now = (json.loads(json.dumps(x)) for x in (then, now))
-    free = {'epochs', 'workers', 'eval_every'}
+    free = {'epochs', 'workers', 'eval_every', 'tensorboard'}
     differ = [f'{k}: {then.get(k)} then, {v} now' for k,v in now.items() if k not in free and then.get(k)!=v]
     if differ: raise ValueError(f'{out} holds a run with other settings ({"; ".join(differ)}): '
                                 f'give them again, choose another folder, or start anew with resume off')
@@ -118,6 +123,9 @@ def restore(self:Run,
     "Go on from the checkpoint in the folder"
     state = load_checkpoint(self.out/'checkpoint.pt')
     _same_settings(state['settings'], asdict(self.method.settings), self.out)
+    if state['data']!=(now := self.method.crops.fingerprint()):
+        raise ValueError(f'{self.out} holds a run on other crops (fingerprint {state["data"]}, now {now}): '
+                         f'give the same data, choose another folder, or start anew with resume off')
     self.method.before_load(state['method'])
     self.method.load_state_dict(state['method'])
     self.optimizer.load_state_dict(state['optimizer'])
@@ -138,6 +146,8 @@ def train_epoch(
     lr = s.lr*schedule(run.epoch, s)
     for g in run.optimizer.param_groups: g['lr'] = lr*g.get('lr_scale', 1.)
     run.model.train()
+    run.model.zero_grad()
+    acc.step = 0   # batches that did not fill an accumulated step end with their epoch
     hide = None if run.progress is None and run.main else not (run.progress and run.main)
     bar = tqdm(m.epoch(run.epoch), desc=f'epoch {run.epoch+1}/{s.epochs}', leave=False, disable=hide)
     for batch in bar:
@@ -183,8 +193,8 @@ def fit(
         if val is not None and (run.epoch%s.eval_every==0 or run.epoch==s.epochs): _validate(run, val)
         run.save()
     if run.step==0: raise ValueError(f'no epoch of {s.epochs} had a batch: nothing was trained')
-    if run.main: _finish(run)
-    if run.log: run.log.close()
+    run.accelerator.wait_for_everyone()
+    _finish(run)
     run.accelerator.wait_for_everyone()
     return read_log(run.out)
 
@@ -203,4 +213,6 @@ def _finish(run):
     if run.method.settings.select=='holdout' and best.exists():
         run.method.load_state_dict(safetensors.torch.load_file(best))
     run.method.eval()
-    save_model(run.method, run.out/'model.safetensors')
+    if run.main: save_model(run.method, run.out/'model.safetensors')
+    if run.log: run.log.close()
+    if run.method.settings.tensorboard: run.accelerator.end_training()

@@ -115,3 +115,19 @@ def test_every_public_name_is_indexed():
         cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
         for c, tree in exported(cells):
             for n in public(tree): assert f'.{n.name}' in index, f'{n.name} of {name(path)} is not in _modidx.py'
+
+
+def test_readme_comes_from_the_index():
+    r = subprocess.run([sys.executable, 'tools/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+def test_links_between_notebooks_lead_somewhere():
+    "Relative links in markdown cells point at files that exist"
+    broken = []
+    for path in NOTEBOOKS:
+        for c in json.loads(path.read_text())['cells']:
+            if c['cell_type'] != 'markdown': continue
+            for target in re.findall(r'\]\(([\w./-]+\.(?:ipynb|md))\)', source(c)):
+                if not (path.parent / target).exists() and not (ROOT / target).exists(): broken.append(f'{name(path)}: {target}')
+    assert not broken, broken

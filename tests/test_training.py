@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('step', [3, 5])
+@pytest.mark.parametrize('step', [6, 11])
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, step):
     out = tmp_path / 'killed'
     finish(start(out, 4, step), -signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Train the small network that comes with the package, on a site that no example of the book is tested on.
 
-usage: python tools/pretrain.py [--people 400] [--epochs 40] [--out runs/harbour]
+usage: python tools/pretrain.py [--people 300] [--epochs 24] [--out runs/harbour]
 writes reidnb/weights/small.safetensors (half precision) and data/results/small/harbour.json (its card).
 A run that is stopped goes on when started again.
 """
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--people', type=int, default=400)
-    p.add_argument('--epochs', type=int, default=40)
+    p.add_argument('--people', type=int, default=300)
+    p.add_argument('--epochs', type=int, default=24)
     p.add_argument('--out', type=Path, default=Path('runs/harbour'))
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args()
@@ -27,7 +27,7 @@ if __name__ == '__main__':
     _, settings = recipe('baseline-small', weights='none', epochs=a.epochs, warmup=2, decay='cosine', lr=2e-3, p=16,
                          seed=a.seed)
     result = run_experiment('baseline-small', data, a.out, settings)
-    print(f'before training  {result.before}\nafter training   {result.metrics}')
+    print(f'before training  {result.before.metrics}\nafter training   {result.metrics}')
     method = load_model(a.out).half()   # without the classifier; 16 bits halve the file
     path = save_model(method, ROOT / 'reidnb' / 'weights' / 'small.safetensors')
     again = score(load_model('small'), data)
