@@ -6,7 +6,6 @@
 __all__ = ['stripe_histogram', 'camera_accuracy', 'same_camera_share']
 
 # %% ../nbs/data/22_calibration.ipynb #b2991070
-import torch
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from .crops import Crops
@@ -49,10 +48,11 @@ def camera_accuracy(
     "Accuracy of a linear classifier that tells cameras from features of unseen people"
     half = np.asarray(pids) % 2 == 0
     if len(np.unique(cams[half])) < 2 or not (~half).any():
-        raise ValueError(f"{len(np.unique(cams))} cameras, {half.sum()} crops of even and {(~half).sum()} of odd "
-                         "ids: need two cameras and both kinds of ids")
+        raise ValueError(f"{len(np.unique(cams))} cameras, {half.sum()} crops of even and "
+                         f"{(~half).sum()} of odd ids: need two cameras and both kinds of ids")
     model = LogisticRegression(C=10, max_iter=500).fit(feats[half], cams[half])
-    return float(model.score(feats[~half], cams[~half])), float(np.bincount(cams[~half]).max()/(~half).sum())
+    chance = np.bincount(cams[~half]).max()/(~half).sum()
+    return float(model.score(feats[~half], cams[~half])), float(chance)
 
 # %% ../nbs/data/22_calibration.ipynb #245a43f2
 def same_camera_share(
@@ -62,7 +62,8 @@ def same_camera_share(
     k:int=10, # Neighbours
 )->tuple: # `(share, chance)` in `[0,1]`
     "Share of the nearest other people that come from the same camera"
-    if k < 1 or len(feats) <= k: raise ValueError(f"k={k} neighbours among {len(feats)} crops: need 1 <= k < N")
+    if not 1 <= k < len(feats):
+        raise ValueError(f"k={k} neighbours among {len(feats)} crops: need 1 <= k < N")
     s = np.asarray(feats @ feats.T, np.float32)
     other = np.asarray(pids)[:, None] != np.asarray(pids)
     near = np.argsort(np.where(other, -s, 9), 1, kind='stable')[:, :k]

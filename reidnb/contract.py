@@ -10,7 +10,7 @@ import importlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Literal
 
 import numpy as np
 import safetensors
@@ -35,20 +35,20 @@ class Settings:
     epochs:int=60 # Epochs to train
     height:int=256 # Height of the input, pixels
     width:int=128 # Width of the input, pixels
-    optimizer:str='adam' # `adam` or `sgd` (with Nesterov momentum 0.9)
+    optimizer:Literal['adam','sgd']='adam' # Optimiser; `sgd` with Nesterov momentum 0.9
     lr:float=3.5e-4 # Learning rate after warm-up
     weight_decay:float=5e-4 # L2 penalty on all weights
     warmup:int=0 # Epochs of linear warm-up, from a tenth of `lr`
-    decay:str='steps' # `steps`, `cosine` or `none`
+    decay:Literal['steps','cosine','none']='steps' # How `lr` falls
     steps:tuple[int, ...]=() # Epochs at which `lr` is multiplied by `gamma`
     gamma:float=.1 # Factor of each step
     clip:float=0. # Largest gradient norm; 0: no clipping
     accumulate:int=1 # Batches per optimiser step
-    precision:str='no' # `no` (float32), `bf16` or `fp16`
+    precision:Literal['no','bf16','fp16']='no' # Mixed precision; `no`: float32
     workers:int=0 # Loader processes; results do not depend on it
     tensorboard:bool=False # Also log for TensorBoard (`pip install tensorboard`)
     holdout:float=0. # Share of training people held out, in `[0,1)`; used only for selection
-    select:str='last' # `last` epoch, or best on the `holdout`; never the test set
+    select:Literal['last','holdout']='last' # Last epoch, or best on the held-out people; never the test set
     eval_every:int=10 # Epochs between evaluations on the held-out people
 
 # %% ../nbs/training/09_contract.ipynb #5eb8a753

@@ -72,3 +72,29 @@ def test_full_disk_is_one_line(tmp_path):
     r = run(*SMALL, '--epochs', 2, '--out', tmp_path / 'run', preexec_fn=limit)
     assert r.returncode == 2 and 'cannot write' in r.stderr and 'Traceback' not in r.stderr
     assert not list((tmp_path / 'run').glob('*.part'))
+
+
+def test_plain_folder_of_crops(tmp_path):
+    "One sub-folder a person, one below it a camera: train, then search one image in it"
+    from reidnb.world import make_site
+    crops = make_site('campus', n_train=12, n_test=2, height=64, width=32).train
+    for i in range(len(crops)):
+        p = tmp_path / 'crops' / f'anna{crops.pids[i]}' / f'door{crops.cams[i]}' / f'{i}.jpg'
+        p.parent.mkdir(parents=True, exist_ok=True)
+        p.write_bytes(crops.images[i])
+    args = ['train', 'baseline-small', '--data', tmp_path / 'crops', '--height', 64, '--width', 32, '--p', 4, '--epochs', 1,
+            '--weights', 'none', '--no-before', '--no-report', '--out', tmp_path / 'run']
+    r = run(*args, cwd=tmp_path)
+    assert r.returncode == 0 and 'mAP' in r.stdout, r.stderr[-2000:]
+    query = next((tmp_path / 'crops').rglob('*.jpg'))
+    s = run('search', query, '--gallery', tmp_path / 'crops', '--model', tmp_path / 'run', '--k', 4, '--per', 'camera')
+    assert s.returncode == 0 and s.stdout.count('.jpg') == 1 + min(4, crops.n_cams), s.stdout + s.stderr[-2000:]
+    assert query.name in s.stdout.splitlines()[-min(4, crops.n_cams)], 'the image itself is its nearest'
+
+
+def test_unlabelled_folder_says_what_is_missing(tmp_path):
+    from reidnb.crops import toy_crops
+    (tmp_path / 'flat').mkdir()
+    for i, data in enumerate(toy_crops().images): (tmp_path / 'flat' / f'{i}.jpg').write_bytes(data)
+    r = run('train', 'baseline-small', '--data', tmp_path / 'flat', cwd=tmp_path)
+    assert r.returncode == 2 and 'label' in r.stderr and r.stderr.count('\n') == 1

@@ -7,6 +7,7 @@ __all__ = ['BaselineSettings', 'Baseline']
 
 # %% ../../nbs/methods/10_baseline.ipynb #dee3164b
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class BaselineSettings(Settings):
     backbone:str='resnet50' # Network, see `make_backbone`
     weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
     last_stride:int=1 # Stride of the last stage (section 3.4)
-    pooling:str='gap' # Pooling of the map
+    pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
     p:int=16 # People in a batch
     k:int=4 # Images of each
     smoothing:float=.1 # Label smoothing, in `[0,1)` (section 3.3)
