@@ -131,9 +131,9 @@ class Search:
     out:str='' # Picture of the hits to write, e.g. `hits.jpg`
 
     def run(self):
-        gallery = _gallery(load_model(self.model), from_folder(self.gallery))
         if not self.query.exists(): raise FileNotFoundError(f'no image {self.query} to search for')
         query = from_folder(self.query) if self.query.is_dir() else self.query
+        gallery = _gallery(load_model(self.model), from_folder(self.gallery))
         hits = gallery.search(query, self.k, per=self.per or None)
         if self.out: show_hits(hits, n=self.k).save(self.out)
         return str(hits)

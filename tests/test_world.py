@@ -1,5 +1,4 @@
 """Property, fault and repeat tests of the world: `reidnb.places`, `cameras`, `walks`, `world`."""
-import hashlib
 import subprocess
 import sys
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from reidnb.cameras import CameraLook, color_matrix, develop, encode_jpeg, optics, person_window, sample_looks, view_grid
+from reidnb.cameras import person_window, view_grid
 from reidnb.crops import Crops
-from reidnb.places import GROUNDS, WALLS, Pose, make_plate, project
+from reidnb.places import GROUNDS, WALLS, Pose, make_plate
 from reidnb.walks import companions, make_network, on_path, sample_walks
 from reidnb.world import SITES, make_junk, make_site, people_of, plan_site, projection, render_plan, truth, write_market
 
@@ -24,7 +23,6 @@ def site():
 
 # --- repeatability -----------------------------------------------------------------------------------------
 CODE = """
-import hashlib
 from reidnb.world import make_site
 d = make_site('mall', n_train=3, n_test=3, seed=5, height=64, width=32)
 h = hashlib.sha256()

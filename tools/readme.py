@@ -19,6 +19,7 @@ def readme() -> str:
         elif not source.startswith('#| hide'):
             out.append(f'```python\n{source}\n```')
             for o in cell.get('outputs', []):
+                if o.get('name') == 'stderr': continue
                 text = ''.join(o.get('text') or o.get('data', {}).get('text/plain', ''))
                 if text and 'image/jpeg' not in o.get('data', {}): out.append(f'```\n{text.rstrip()}\n```')
     return '\n\n'.join(out) + '\n'
