@@ -2,6 +2,7 @@
 
 `#| slow` and `#| cuda` cells (and tests with these marks) are skipped unless `--slow` / `--cuda` is given.
 """
+import gc
 import os
 import traceback
 
@@ -70,7 +71,7 @@ class NotebookItem(pytest.Item):
         skip = {f for f in FLAGS if not self.config.getoption(f'--{f}')}
         nb = read_nb(self.path)
         shell = CaptureShell(self.path, mpl_format=None)
-        self.addfinalizer(lambda: os.environ.pop('IN_TEST', None))
+        self.addfinalizer(lambda: self.clean(shell))
         with working_directory(self.path.parent):
             for number, cell in enumerate(nb.cells, 1):
                 if cell.cell_type != 'code' or 'nbdev_export(' in cell.source: continue
@@ -78,7 +79,14 @@ class NotebookItem(pytest.Item):
                 if skip & directives.keys() or directives.get('eval:', [''])[0].lower() == 'false': continue
                 shell.run(cell.source)
                 if shell.exc: raise CellFailed(self.path.relative_to(self.config.rootpath), number, cell, shell.exc)
-        matplotlib.pyplot.close('all')
+
+    def clean(self, shell):
+        "Give back what the notebook held"
+        import matplotlib.pyplot as plt
+        plt.close('all')
+        shell.user_ns.clear()
+        os.environ.pop('IN_TEST', None)
+        gc.collect()
 
     def repr_failure(self, excinfo, style=None):
         return str(excinfo.value) if isinstance(excinfo.value, CellFailed) else super().repr_failure(excinfo, style)

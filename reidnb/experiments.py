@@ -24,7 +24,7 @@ from .training import Method, Settings, fit, score, seed_everything
 from .world import make_site
 
 # %% ../nbs/practice/35_experiments.ipynb #87d07ac2
-RECIPES = { # Name -> module of the method, its class, its settings class, and what differs from their defaults
+RECIPES = { # Name -> module, class of the method, class of its settings, what differs from their defaults
     'baseline': ('reidnb.methods.baseline', 'Baseline', 'BaselineSettings', {}),
     'baseline-small': ('reidnb.methods.baseline', 'Baseline', 'BaselineSettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=20, warmup=2, steps=(12, 17),
@@ -140,10 +140,10 @@ def run_experiment(
     start = time.perf_counter()
     last = _look(method, data) if tested else None
     seconds = dict(prepare=prepared, test=time.perf_counter()-start,
-                   train=sum(r['seconds'] for r in log if 'images' in r))   # of all sittings of a resumed run
+                   train=sum(r['seconds'] for r in log if 'images' in r))   # of all sittings
     scores = {k: o.metrics.to_dict() for k,o in (('before', first), ('after', last)) if o is not None}
     shown = asdict(s)
-    if shown.get('weights'): shown['weights'] = Path(shown['weights']).name   # a card names no folder of a machine
+    if shown.get('weights'): shown['weights'] = Path(shown['weights']).name   # no folder of a machine
     card = make_card(name, shown, describe(data), scores, seconds, s.seed,
                      selection='best on held-out people' if s.select=='holdout' else 'last epoch')
     if last: last.log, last.card = log, card
@@ -156,7 +156,8 @@ def _look(
     data:ReIDData, # Data with query and gallery
 )->Outcome: # Scores; with distances and features when they fit in memory
     "Measure a method, in blocks when the distance matrix would be too large to keep"
-    if len(data.query)*len(data.gallery) <= 10**8: return measure(method, data, workers=method.settings.workers)
+    small = len(data.query)*len(data.gallery) <= 10**8
+    if small: return measure(method, data, workers=method.settings.workers)
     return Outcome(metrics=score(method, data))
 
 # %% ../nbs/practice/35_experiments.ipynb #915841fd

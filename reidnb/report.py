@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from html import escape
 from pathlib import Path
 from textwrap import wrap
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from .crops import Crops, ReIDData
 from .evaluation import Metrics, cosine_distance, evaluate
 from .extraction import extract
 from .state import write_atomic
-from .viz import (embed_2d, plot_2d, plot_cmc, plot_distances, plot_training, ranking)
+from .viz import embed_2d, plot_2d, plot_cmc, plot_distances, plot_training, ranking
 
 # %% ../nbs/practice/30_report.ipynb #93abc2a8
 @dataclass
@@ -72,9 +73,11 @@ def measure(
 
 # %% ../nbs/practice/30_report.ipynb #14b72d4e
 _LIGHT = ('--paper:#f7f6f3;--card:#fff;--ink:#1d2228;--soft:#646b75;--line:#e3e0da;'
-          '--bar:#dcd8d0;--blue:#3a6ea5;--right:#228833;--wrong:#cc3344;--open:#9a9a9a;--note:#8a6d1a')
+          '--bar:#dcd8d0;--blue:#3a6ea5;--right:#228833;--wrong:#cc3344;--open:#9a9a9a;'
+          '--note:#8a6d1a')
 _DARK = ('--paper:#121418;--card:#1b1f25;--ink:#e9e7e2;--soft:#a2a9b3;--line:#2d333b;'
-         '--bar:#39404a;--blue:#7fb0e0;--right:#4fc46b;--wrong:#ff7483;--open:#8b9099;--note:#e0bd5a')
+         '--bar:#39404a;--blue:#7fb0e0;--right:#4fc46b;--wrong:#ff7483;--open:#8b9099;'
+         '--note:#e0bd5a')
 _SANS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
 _SERIF = 'Charter,"Iowan Old Style","Palatino Linotype",Georgia,serif'
 
@@ -228,7 +231,8 @@ def _svg(
 )->str: # `<svg>` in the ink of the page
     "A figure as inline SVG"
     out = io.StringIO()
-    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'reidnb'}):
+    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'reidnb'}), catch_warnings():
+        filterwarnings('ignore', 'Glyph .* missing')   # the reader's browser has the letters
         fig.savefig(out, format='svg', transparent=True, dpi=150, metadata={'Date': None},
                     bbox_inches=box)
     s = out.getvalue()
@@ -344,7 +348,7 @@ def _numbers(
 def _in_words(found):
     "Rank 1 as a sentence"
     m, first = found[-1][1].metrics, found[0][1].metrics
-    words = [f'Given an image of a person, the model {_tag("b", escape(found[-1][0]))} puts an image',
+    words = ['Given an image of a person, the model ', _tag('b', escape(found[-1][0])), ' puts one',
              ' from another camera'*m.protocol.cross_camera,
              f' of the same person first in {_percent(m.rank(1), 0)} of 100 searches']
     if len(found)>1:
@@ -400,7 +404,8 @@ def _board(
     tables = [c for c in (page.data.gallery, page.data.train, page.data.query) if c]
     if not tables: return ''
     if not page.pictures:
-        return _tag('p', 'Samples are left out: this report was written without pictures.', cls='why')
+        why = 'Samples are left out: this report was written without pictures.'
+        return _tag('p', why, cls='why')
     c, rng, rows = tables[0], np.random.default_rng(page.seed), []
     cams = np.unique(c.cams)
     for cam in cams[:most]:
@@ -408,7 +413,8 @@ def _board(
         name, people = _camera(c, at[0]), c[at].n_ids
         facts = f'{len(at):,} images' + f', {people:,} people'*bool(people)
         imgs = [_img(c, int(i), f'sample of {name}') for i in _varied(c, at)[:n]]
-        rows += [_tag('div', _tag('b', escape(name)), facts, cls='who'), _tag('div', *imgs, cls='strip')]
+        rows.append(_tag('div', _tag('b', escape(name)), facts, cls='who'))
+        rows.append(_tag('div', *imgs, cls='strip'))
     more = _tag('p', f'{len(cams)-most} more cameras are not shown.', cls='lead')*(len(cams)>most)
     return _tag('h3', 'What the cameras see') + _tag('div', *rows, cls='board') + more
 
@@ -464,8 +470,8 @@ def _ranked(
     found = page.having('dist')
     if not found or not page.pictures: return None
     name, o = found[-1]
-    out = [_tag('p', f'Model: {_tag("b", escape(name))}. Below each image: camera, distance, and how '
-                     'much later than the query it was taken.')]
+    out = [_tag('p', 'Model: ', _tag('b', escape(name)), '. Below each image: camera, distance, and '
+                'how much later than the query it was taken.')]
     if o.metrics is None:
         out.append(_tag('p', 'Nothing is marked: there are no labels to judge by.', cls='why'))
     for title,rows in _chosen(o):
@@ -611,30 +617,35 @@ class _Section:
     missing:str='' # Why there is nothing
 
 _SECTIONS = dict(
-    numbers=_Section('In numbers', 'mAP rewards finding all images of a person early; rank k asks for '
-        'one among the first k; mINP looks at the hardest image of each person. The mark on a bar is '
-        'the first model.', _numbers,
-        'There are no scores: they need labelled queries and a labelled gallery.'),
-    data=_Section('The data', 'Look down the board: the same people change colour and size from camera '
-        'to camera, and that is what a model must see past.', _data),
-    training=_Section('Training', 'A loss that falls and flattens is healthy. Held-out scores that fall '
-        'while the loss still falls mean overfitting.', _training, 'There is no training log.'),
-    ranked=_Section('Searches', 'The left image asks, the others answer, nearest first. Green with a '
-        'tick is the same person, red with a cross another one. Look at what the wrong answers share '
-        'with the query.', _ranked,
-        'Ranked lists are left out: they need distances, and a report with pictures.'),
-    curves=_Section('How far one must look', 'The curve says how many searches have found the person by '
-        'each rank. A steep start means little browsing.', _curves, 'There are no scores to draw.'))
+    numbers=_Section('In numbers',
+        'mAP rewards finding all images of a person early; rank k asks for one among the first k; '
+        'mINP looks at the hardest image of each person. The mark on a bar is the first model.',
+        _numbers, 'There are no scores: they need labelled queries and a labelled gallery.'),
+    data=_Section('The data',
+        'Look down the board: the same people change colour and size from camera to camera, and '
+        'that is what a model must see past.', _data),
+    training=_Section('Training',
+        'A loss that falls and flattens is healthy. Held-out scores that fall while the loss still '
+        'falls mean overfitting.', _training, 'There is no training log.'),
+    ranked=_Section('Searches',
+        'The left image asks, the others answer, nearest first. Green with a tick is the same '
+        'person, red with a cross another one. Look at what the wrong answers share with the query.',
+        _ranked, 'Ranked lists are left out: they need distances, and a report with pictures.'),
+    curves=_Section('How far one must look',
+        'The curve says how many searches have found the person by each rank. A steep start means '
+        'little browsing.', _curves, 'There are no scores to draw.'))
 
 # %% ../nbs/practice/30_report.ipynb #d018b027
 _SECTIONS |= dict(
-    distances=_Section('Same and different people', 'Blue is one person twice, red two people. The less '
-        'they overlap, the better a single threshold works; dashed lines far from solid ones mean the '
-        'camera weighs in.', _distances, 'Distances were not given, or no label says who is who.'),
-    plane=_Section('Features by camera', 'Each dot is an image, coloured by camera; numbered stars tie '
-        'together images of one person. Colours that clump mean the model sees the camera; stars that '
-        'shrink mean it sees the person.', _plane,
-        'The plane needs features of ten images or more, and known cameras.'),
+    distances=_Section('Same and different people',
+        'Blue is one person twice, red two people. The less they overlap, the better a single '
+        'threshold works; dashed lines far from solid ones mean the camera weighs in.',
+        _distances, 'Distances were not given, or no label says who is who.'),
+    plane=_Section('Features by camera',
+        'Each dot is an image, coloured by camera; numbered stars tie together images of one '
+        'person. Colours that clump mean the model sees the camera; stars that shrink mean it '
+        'sees the person.',
+        _plane, 'The plane needs features of ten images or more, and known cameras.'),
     timing=_Section('Time', 'Wall time of each stage.', _timing, 'No times were given.'),
     settings=_Section('Settings and versions', 'What it takes to repeat the run.', _settings),
     notes=_Section('Notes', 'What was noticed about the data, and what to do about it.', _notes))
@@ -671,15 +682,16 @@ def _check_fit(
     "Arrays of an outcome must fit the tables"
     n, m = len(data.query or ()), len(data.gallery or ())
     for name,o in outcomes.items():
-        for what,x,want in (('distances', o.dist, (n, m)), ('query features', o.query_features, (n,)),
+        for what,x,want in (('distances', o.dist, (n, m)),
+                            ('query features', o.query_features, (n,)),
                             ('gallery features', o.gallery_features, (m,))):
             got = want if x is None else tuple(x.shape)[:len(want)]
             if got!=want:
-                raise ValueError(f'outcome {name!r} has {what} of shape {tuple(x.shape)} for {n} queries '
-                                 f'and {m} gallery images: it belongs to other data')
+                raise ValueError(f'outcome {name!r} has {what} of shape {tuple(x.shape)} for {n} '
+                                 f'queries and {m} gallery images: it belongs to other data')
         if o.metrics is not None and o.metrics.n_query!=n:
-            raise ValueError(f'outcome {name!r} has scores of {o.metrics.n_query} queries, the data '
-                             f'have {n}: it belongs to other data')
+            raise ValueError(f'outcome {name!r} has scores of {o.metrics.n_query} queries, the '
+                             f'data have {n}: it belongs to other data')
 
 # %% ../nbs/practice/30_report.ipynb #6bf05a15
 def _html(
@@ -691,15 +703,17 @@ def _html(
     parts, links, v = [], [], versions()
     for key,s in _SECTIONS.items():
         body = s.make(page) or _tag('p', s.missing, cls='why')
-        parts.append(_tag('section', _tag('h2', s.head), _tag('p', s.lead, cls='lead'), body, id=key))
+        lead = _tag('p', s.lead, cls='lead')
+        parts.append(_tag('section', _tag('h2', s.head), lead, body, id=key))
         links.append(_tag('a', s.head, href=f'#{key}'))
     header = _tag('header', _tag('p', f'reidnb report · {time.strftime("%Y-%m-%d")}', cls='over'),
                   _tag('h1', escape(title)), _tag('p', escape(intro), cls='intro')*bool(intro),
                   _tag('nav', *links, aria_label='contents'))
     footer = _tag('footer', f'Written by reidnb {v["reidnb"]} with torch {v["torch"]}. '
                             'This file holds everything it shows and loads nothing.')
-    metas = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-             '<meta name="color-scheme" content="light dark">')
+    metas = ('<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+             '<meta name="viewport" content="width=device-width,initial-scale=1">')
     head = _tag('head', metas, _tag('title', escape(title)), _tag('style', _CSS, _PAGE))
     body = _tag('div', header, _tag('main', *parts), footer, cls='page')
-    return '<!doctype html>\n' + _tag('html', head, _tag('body', body, cls='reid'), lang='en') + '\n'
+    whole = _tag('html', head, _tag('body', body, cls='reid'), lang='en')
+    return f'<!doctype html>\n{whole}\n'

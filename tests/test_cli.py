@@ -33,7 +33,7 @@ def test_train_then_eval_and_search(tmp_path):
 @pytest.mark.parametrize('args,word', [
     (['train', 'baseline-small', '--data', 'no/such/folder'], 'no/such/folder'),
     (['train', 'baseline-small', '--data', 'marked1501'], 'market1501'),
-    (['search', 'none.jpg', '--gallery', 'nowhere'], 'nowhere'),
+    (['search', 'none.jpg', '--gallery', 'nowhere'], 'none.jpg'),
     (['eval', 'runs/none'], 'runs/none'),
     (['world', '--site', 'camps'], 'campus'),
 ])

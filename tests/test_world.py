@@ -23,6 +23,7 @@ def site():
 
 # --- repeatability -----------------------------------------------------------------------------------------
 CODE = """
+import hashlib
 from reidnb.world import make_site
 d = make_site('mall', n_train=3, n_test=3, seed=5, height=64, width=32)
 h = hashlib.sha256()

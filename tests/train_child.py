@@ -18,9 +18,10 @@ torch.set_num_threads(1)
 
 class Killed(Baseline):
     "Dies by signal 9 in the middle of an epoch, as a power cut would"
+    kill_at = 0
     def after_step(self, batch):
         self.done = getattr(self, 'done', 0) + 1
-        if len(sys.argv) > 3 and self.done == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
+        if self.done == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def build(epochs):
@@ -32,5 +33,6 @@ def build(epochs):
 
 if __name__ == '__main__':
     method = build(int(sys.argv[2]))
+    if len(sys.argv) > 3: method.kill_at = int(sys.argv[3])
     fit(method, Path(sys.argv[1]), progress=False)
     torch.distributed.is_initialized() and torch.distributed.destroy_process_group()

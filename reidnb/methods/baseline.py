@@ -50,7 +50,8 @@ class Baseline(Method):
         super().__init__(settings, crops)
         s = settings
         weights = None if crops is None or s.weights=='none' else s.weights
-        self.encoder = Encoder(make_backbone(s.backbone, weights=weights, last_stride=s.last_stride), pooling=s.pooling)
+        backbone = make_backbone(s.backbone, weights=weights, last_stride=s.last_stride)
+        self.encoder = Encoder(backbone, pooling=s.pooling)
         if crops is None: return
         if crops.n_ids<2: raise ValueError(f'{crops.n_ids} labelled people in {crops.name!r}: '
                                            f'the baseline learns from at least 2')
