@@ -348,9 +348,9 @@ def _numbers(
 def _in_words(found):
     "Rank 1 as a sentence"
     m, first = found[-1][1].metrics, found[0][1].metrics
-    words = ['Given an image of a person, the model ', _tag('b', escape(found[-1][0])), ' puts one',
-             ' from another camera'*m.protocol.cross_camera,
-             f' of the same person first in {_percent(m.rank(1), 0)} of 100 searches']
+    words = ['Given an image of a person, the model ', _tag('b', escape(found[-1][0])), ' puts an image ',
+             'of the same person ', 'from another camera '*m.protocol.cross_camera,
+             f'first in {_percent(m.rank(1), 0)} of 100 searches']
     if len(found)>1:
         words.append(f'; {_tag("b", escape(found[0][0]))} did so in {_percent(first.rank(1), 0)}')
     return _tag('p', *words, '.')

@@ -115,7 +115,7 @@ def nearest(
     n, dim, out = len(gallery), query.shape[1], []
     rows = max(1, min(256, len(query), budget//(32*(2*k+16)*dim), n if groups is None else
                       budget//(32*(int(groups.max())+1))))
-    step = max(1, budget//(64*rows+16*dim))
+    step = min(4096, max(1, budget//(64*rows+16*dim)))      # small pieces stay in the cache
     for q in torch.arange(len(query)).split(rows):
         hide = (lambda a,b,at=slice(None): skip(a, b, q[at])) if code else None
         block = lambda a,b: _finite(torch.as_tensor(distance(query[q], gallery[a:b])), q, a)
