@@ -25,7 +25,7 @@ from PIL import Image
 
 from .cards import hardware, versions
 from .crops import Crops, ReIDData
-from .evaluation import Metrics, cosine_distance, evaluate
+from .evaluation import Metrics, evaluate
 from .extraction import extract
 from .state import write_atomic
 from .viz import embed_2d, plot_2d, plot_cmc, plot_distances, plot_training, ranking
@@ -126,7 +126,7 @@ _BOXES = """
 .reid .tiles{margin:1rem 0}
 .reid .tile{padding:.9rem 1rem;font-variant-numeric:tabular-nums}
 .reid .name{color:var(--soft);font-size:.85rem}
-.reid .big{font-size:2.3rem;line-height:1.15;font-weight:600}
+.reid .big{font-size:2.3rem;line-height:1.15;font-weight:600;white-space:nowrap}
 .reid .big small{font-size:1rem;font-weight:400;color:var(--soft)}
 .reid .was{font-size:.8rem;color:var(--soft);overflow-wrap:anywhere}
 .reid .up{color:var(--right)}
@@ -141,7 +141,7 @@ _BOXES = """
 .reid .plots{display:grid;gap:.8rem;margin:.8rem 0;max-width:calc(var(--n)*38rem)}
 .reid .plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,COLUMN),1fr))}
 .reid .plot{margin:0;padding:.7rem}
-.reid .plot svg{display:block;width:100%;height:auto;max-width:36rem;color:var(--ink)}
+.reid .plot svg{display:block;width:100%;height:auto;margin:0 auto;color:var(--ink)}
 .reid .plot text{font-family:SANS!important;paint-order:stroke;stroke:var(--card)}
 .reid .plot text{stroke-width:2.5px;stroke-linejoin:round}
 """
@@ -175,6 +175,7 @@ _CROPS = """
 .reid .row{gap:8px 6px}
 .reid .search{padding:.7rem}
 .reid .crop{width:64px}
+.reid .big{font-size:2rem}
 .reid .crop img{height:108px}
 .reid .crop:nth-child(n+9){display:none}
 .reid .tile:first-child{grid-column:1/-1}
@@ -236,12 +237,14 @@ def _svg(
         fig.savefig(out, format='svg', transparent=True, dpi=150, metadata={'Date': None},
                     bbox_inches=box)
     s = out.getvalue()
+    width = 1.7*float(re.search(r'viewBox="0 0 ([\d.]+)', s)[1])     # px; wider would only enlarge
     for old,new in ((r'^.*?<svg', '<svg'), (r'<metadata>.*?</metadata>', ''),
                     (r' xmlns(:\w+)?="[^"]*"', ''), (r'(?<=[ <])(width|height)="[\d.]+pt" ', ''),
                     (r'\bid="', f'id="{uid}'), (r'(href="|url\()#', rf'\1#{uid}'),
                     (r'#(000000|222222)\b', 'currentColor'), (r'#ffffff\b', 'var(--card)'),
                     (r'<text', '<text fill="currentColor"'),
-                    (r'^<svg', f'<svg role="img" aria-label="{escape(alt)}"')):
+                    (r'^<svg', f'<svg role="img" aria-label="{escape(alt)}" '
+                               f'style="max-width:{width:.0f}px"')):
         s = re.sub(old, lambda m, new=new: m.expand(new), s, flags=re.S)
     return s
 
@@ -336,7 +339,7 @@ def _numbers(
     "Tiles of the last model, compared with the first; a table when there are more than two"
     found = page.having('metrics')
     if not found: return None
-    (name, o), (was_name, was), two = found[-1], found[0], len(found)>1
+    o, (was_name, was), two = found[-1][1], found[0], len(found)>1
     tiles = [_tile(k, f(o.metrics), f(was.metrics) if two else None, was_name)
              for k,f in _SCORES.items()]
     out = _in_words(found) + _tag('div', *tiles, cls='tiles') + _protocol(found)
