@@ -6,6 +6,8 @@
 __all__ = ['render_plan', 'make_site', 'people_of', 'truth', 'projection', 'make_junk', 'write_market', 'SITES', 'plan_site']
 
 # %% ../nbs/data/20_world.ipynb #f96a9bf6
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 import torch
 import numpy as np
 from pathlib import Path
@@ -63,6 +65,15 @@ def _company(plan, people, look, window, height, width): # the companions of a p
     return torch.as_tensor(rows, device=people.device), r.rgb, r.alpha, z < t(p.ground[:, 1])
 
 # %% ../nbs/data/20_world.ipynb #48201acb
+@contextmanager
+def _chunks_in_parallel(workers): # A `map` whose threads run whole chunks, one core each
+    threads = torch.get_num_threads()   # torch's own threads wait for each other after every small step
+    with ThreadPoolExecutor(workers) as pool:
+        torch.set_num_threads(1)
+        try: yield pool.map
+        finally: torch.set_num_threads(threads)
+
+# %% ../nbs/data/20_world.ipynb #f3c9628c
 def render_plan(
     plan:Plan, # Crops to render
     people:People, # Everybody, on the device to render on
@@ -76,16 +87,17 @@ def render_plan(
         raise ValueError(f"crops of {height}x{width} pixels: need 32 to 512 rows and 16 to 512 columns")
     h, w = (height, width) if height <= 160 else (height*3//4, width*3//4)
     hours = torch.as_tensor(np.exp(.16*np.sin(2.4*plan.session + 1.7*plan.cam)), dtype=torch.float32)
-    chunk, out = chunk or (512 if people.device.type == 'cuda' else 32), []
-    for i in range(0, len(plan), chunk):
+    chunk = chunk or (512 if people.device.type == 'cuda' else 32)
+    def shoot(i):
         p = plan[i:i + chunk]
         r, cam, window, foot, draws = _draw(p, people, look, h, w)
         alpha = r.alpha*torch.as_tensor(p.shown, device=r.alpha.device).view(-1, 1, 1)
         pixels = apply_camera(r.rgb, alpha, look, cam, window, foot, draws[:, :6],
                               hours[i:i + chunk].to(cam.device),
                               _company(p, people, look, window, h, w), (height, width))
-        out += encode_jpeg(pixels, look.quality[cam])
-    return out
+        return encode_jpeg(pixels, look.quality[cam])
+    with _chunks_in_parallel(1 if people.device.type == 'cuda' else torch.get_num_threads()) as run:
+        return [image for part in run(shoot, range(0, len(plan), chunk)) for image in part]
 
 # %% ../nbs/data/20_world.ipynb #196d134d
 def _names(plan): # Market-1501 names, unique over the site
