@@ -4,6 +4,7 @@
 """
 import gc
 import os
+import sys
 import traceback
 
 import pytest
@@ -69,9 +70,9 @@ class NotebookItem(pytest.Item):
         from nbdev.process import extract_directives
         os.environ['IN_TEST'] = '1'   # nbdev and fastcore read this: no export from inside a test
         skip = {f for f in FLAGS if not self.config.getoption(f'--{f}')}
-        nb = read_nb(self.path)
-        shell = CaptureShell(self.path, mpl_format=None)
-        self.addfinalizer(lambda: self.clean(shell))
+        nb, before = read_nb(self.path), (sys.modules['__main__'], sys.displayhook, sys.excepthook)
+        shell = CaptureShell(self.path, mpl_format=None)   # takes the place of __main__
+        self.addfinalizer(lambda: self.clean(shell, before))
         with working_directory(self.path.parent):
             for number, cell in enumerate(nb.cells, 1):
                 if cell.cell_type != 'code' or 'nbdev_export(' in cell.source: continue
@@ -80,9 +81,10 @@ class NotebookItem(pytest.Item):
                 shell.run(cell.source)
                 if shell.exc: raise CellFailed(self.path.relative_to(self.config.rootpath), number, cell, shell.exc)
 
-    def clean(self, shell):
+    def clean(self, shell, before):
         "Give back what the notebook held"
         import matplotlib.pyplot as plt
+        sys.modules['__main__'], sys.displayhook, sys.excepthook = before
         plt.close('all')
         shell.user_ns.clear()
         os.environ.pop('IN_TEST', None)

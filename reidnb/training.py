@@ -114,7 +114,7 @@ def _same_settings(
     free = {'epochs', 'workers', 'eval_every', 'tensorboard'}
     differ = [f'{k}: {then.get(k)} then, {v} now' for k,v in now.items() if k not in free and then.get(k)!=v]
     if differ: raise ValueError(f'{out} holds a run with other settings ({"; ".join(differ)}): '
-                                f'give them again, choose another folder, or start anew with resume off')
+                                f'give them again, choose another folder, or start anew (resume=False, --fresh)')
 
 # %% ../nbs/training/10_training.ipynb #5b719640
 @patch
@@ -125,7 +125,7 @@ def restore(self:Run,
     _same_settings(state['settings'], asdict(self.method.settings), self.out)
     if state['data']!=(now := self.method.crops.fingerprint()):
         raise ValueError(f'{self.out} holds a run on other crops (fingerprint {state["data"]}, now {now}): '
-                         f'give the same data, choose another folder, or start anew with resume off')
+                         f'give the same data, choose another folder, or start anew (resume=False, --fresh)')
     self.method.before_load(state['method'])
     self.method.load_state_dict(state['method'])
     self.optimizer.load_state_dict(state['optimizer'])
