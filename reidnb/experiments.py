@@ -169,7 +169,7 @@ def report_run(
 )->Path: # The path
     "Write the HTML report of a run"
     s, n = result.method.settings, result.card['data']['train']['ids']
-    intro = f'{result.card["name"]}: {n} people, {s.epochs} epochs, seed {s.seed}, {result.card["selection"]}.'
+    intro = f'{n} people to learn from, {s.epochs} epochs, seed {s.seed}, {result.card["selection"]}.'
     outcomes = {k: o for k,o in (('before training', result.before), ('after training', result.after)) if o}
     return write_report(path or result.out/'report.html', data, outcomes, seconds=result.card['seconds'],
                         title=f"{result.card['name']} on {data.name}", intro=intro, pictures=pictures)

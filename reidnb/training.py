@@ -114,7 +114,7 @@ def _same_settings(
     free = {'epochs', 'workers', 'eval_every', 'tensorboard'}
     differ = [f'{k}: {then.get(k)} then, {v} now' for k,v in now.items() if k not in free and then.get(k)!=v]
     if differ: raise ValueError(f'{out} holds a run with other settings ({"; ".join(differ)}): '
-                                f'give them again, choose another folder, or start anew (resume=False, --fresh)')
+                                f'give them again, choose another folder, or start anew (--fresh)')
 
 # %% ../nbs/training/10_training.ipynb #5b719640
 @patch
