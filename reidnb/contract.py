@@ -112,7 +112,7 @@ def loader(self:Method,
     "A loader over the training crops; augmentation depends on (seed, epoch, row) alone, not on `workers`"
     data, workers = CropDataset(self.crops, transform, seed=self.settings.seed), self.settings.workers
     return DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers>0,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 @patch
 def batches(self:Method,
@@ -154,7 +154,7 @@ def save_model(
     return write_atomic(path, safetensors.torch.save(state, metadata=meta))
 
 # %% ../nbs/training/09_contract.ipynb #f424d82c
-_small = Path(reidnb.__file__).parent/'weights'/'small.safetensors'   # trained by tools/pretrain.sh
+_small = Path(reidnb.__file__).parent/'weights'/'small.safetensors'   # trained by tools/pretrain.py
 
 def _named(spec):
     module, name = spec.split(':')
@@ -190,6 +190,7 @@ def load_model(
     meta, state = _read_model(path)
     settings = settings or _settings(meta)
     method = (cls or _named(meta['method']))(settings)
+    method.before_load(state)
     missing = method.load_state_dict(state, strict=False).missing_keys
     if missing: raise ValueError(f'{path} lacks {len(missing)} tensors that the method needs: {missing[:3]}')
     return method.eval()

@@ -61,7 +61,7 @@ def extract(
     first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
     at = first.device if first is not None else device or 'cpu'
     data = CropDataset(crops, transform or test_transform(height, width))
-    loader, out = DataLoader(data, batch_size, num_workers=workers), []
+    loader, out = DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator()), []
     with _eval_mode(encoder):
         for images,rows in tqdm(loader, desc=f'features of {crops.name}', disable=not progress):
             images = images.to(at, non_blocking=True)

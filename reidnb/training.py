@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fastcore.basics import patch
 from tqdm import tqdm
 
@@ -68,6 +69,7 @@ class Run:
     ):
         s = method.settings
         self.out, self.epoch, self.step, self.best, self.progress = Path(out), 0, 0, -1., progress
+        AcceleratorState._reset_state()   # a process may train with one precision after another
         self.accelerator = Accelerator(mixed_precision=s.precision, gradient_accumulation_steps=s.accumulate,
                                        log_with='tensorboard' if s.tensorboard else None, project_dir=out)
         if s.tensorboard: self.accelerator.init_trackers('tensorboard')
@@ -96,6 +98,7 @@ def save(self:Run,
         rng = [None]*self.accelerator.num_processes
         torch.distributed.all_gather_object(rng, random_state())
     if not self.main: return
+    os.fsync(self.log.fileno())   # the log is on the disk before the checkpoint that counts on it
     scaler = self.accelerator.scaler
     state = dict(epoch=self.epoch, step=self.step, best=self.best, method=self.method.state_dict(),
                  optimizer=self.optimizer.state_dict(), rng=rng, log=(self.out/'log.jsonl').stat().st_size,
@@ -111,12 +114,23 @@ def _same_settings(
 )->None: # Nothing; raises when they differ
     "Refuse to go on with other settings"
     then, now = (json.loads(json.dumps(x)) for x in (then, now))
-    free = {'epochs', 'workers', 'eval_every', 'tensorboard'}
+    free = {'workers', 'eval_every', 'tensorboard'} | ({'epochs'} if now['decay']!='cosine' else set())
     differ = [f'{k}: {then.get(k)} then, {v} now' for k,v in now.items() if k not in free and then.get(k)!=v]
     if differ: raise ValueError(f'{out} holds a run with other settings ({"; ".join(differ)}): '
                                 f'give them again, choose another folder, or start anew (--fresh)')
 
 # %% ../nbs/training/10_training.ipynb #5b719640
+def _cut_log(
+    path:Path, # `log.jsonl`
+    size:int, # Its size when the checkpoint was written, bytes
+)->None: # Nothing; raises when rows are missing
+    "Take the rows off the log that came after the checkpoint"
+    have = path.stat().st_size if path.exists() else 0
+    if have<size: raise ValueError(f'{path} has {have} bytes, its checkpoint counts on {size}: '
+                                   f'put the log back, or start anew (--fresh)')
+    os.truncate(path, size)
+
+# %% ../nbs/training/10_training.ipynb #032db42c
 @patch
 def restore(self:Run,
 )->Run: # The run itself
@@ -125,7 +139,7 @@ def restore(self:Run,
     _same_settings(state['settings'], asdict(self.method.settings), self.out)
     if state['data']!=(now := self.method.crops.fingerprint()):
         raise ValueError(f'{self.out} holds a run on other crops (fingerprint {state["data"]}, now {now}): '
-                         f'give the same data, choose another folder, or start anew (resume=False, --fresh)')
+                         f'give the same data, choose another folder, or start anew (--fresh)')
     self.method.before_load(state['method'])
     self.method.load_state_dict(state['method'])
     self.optimizer.load_state_dict(state['optimizer'])
@@ -134,7 +148,7 @@ def restore(self:Run,
     rank, n = self.accelerator.process_index, self.accelerator.num_processes
     if len(state['rng'])==n: set_random_state(state['rng'][rank])
     else: seed_everything(self.method.settings.seed + self.epoch*n + rank)
-    if self.main: os.truncate(self.out/'log.jsonl', state['log'])
+    if self.main: _cut_log(self.out/'log.jsonl', state['log'])
     return self
 
 # %% ../nbs/training/10_training.ipynb #dfe189f0
@@ -182,15 +196,21 @@ def fit(
     if s.select=='holdout' and val is None:
         raise ValueError("select='holdout' needs held-out people: set holdout")
     run = Run(method, out, progress)
-    old = [run.out/f for f in ('checkpoint.pt', 'log.jsonl', 'best.safetensors', 'model.safetensors')]
+    old = [run.out/f for f in ('checkpoint.pt', 'log.jsonl', 'best.safetensors', 'model.safetensors',
+                               'card.json', 'report.html')]
     if resume and old[0].exists(): run.restore()
-    elif run.main: [f.unlink(missing_ok=True) for f in old]
+    if run.epoch>s.epochs:
+        raise ValueError(f'{run.out} holds {run.epoch} epochs, {s.epochs} are asked for: '
+                         f'choose another folder, or start anew (--fresh)')
+    stale = old[3:] if run.epoch else old   # what a longer or a new run would leave wrong
+    if run.main and run.epoch<s.epochs: [f.unlink(missing_ok=True) for f in stale]
     run.accelerator.wait_for_everyone()
     while run.epoch<s.epochs:
         if not train_epoch(run):
             warnings.warn(f'epoch {run.epoch} had no batches: fewer people or clusters than a batch needs; '
                           f'lower the batch size or raise eps')
         if val is not None and (run.epoch%s.eval_every==0 or run.epoch==s.epochs): _validate(run, val)
+        _check_weights(run)
         run.save()
     if run.step==0: raise ValueError(f'no epoch of {s.epochs} had a batch: nothing was trained')
     run.accelerator.wait_for_everyone()
@@ -199,6 +219,12 @@ def fit(
     return read_log(run.out)
 
 # %% ../nbs/training/10_training.ipynb #76fd78d1
+def _check_weights(run):
+    "A finite loss may have a gradient that is not: such weights are never saved"
+    bad = [k for k,p in run.method.named_parameters() if not p.isfinite().all()]
+    if bad: raise NonFiniteLoss(f'{len(bad)} weights ({bad[0]}, ...) are not finite after epoch {run.epoch-1}: '
+                                f'lower lr or set clip; the last checkpoint is unharmed')
+
 def _validate(run, val):
     "Score the held-out people, log it, and keep the best weights"
     metrics = score(run.method, val)
@@ -211,7 +237,9 @@ def _finish(run):
     "Put the selected weights into the method and the model file"
     best = run.out/'best.safetensors'
     if run.method.settings.select=='holdout' and best.exists():
-        run.method.load_state_dict(safetensors.torch.load_file(best))
+        state = safetensors.torch.load_file(best)
+        run.method.before_load(state)
+        run.method.load_state_dict(state)
     run.method.eval()
     if run.main: save_model(run.method, run.out/'model.safetensors')
     if run.log: run.log.close()

@@ -49,7 +49,7 @@ def test_unknown_recipe_lists_those_there_are(tmp_path):
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
-    args = [*RUN, *SMALL, '--epochs', '40', '--out', str(tmp_path / 'run'), '--no-report']
+    args = [*RUN, *SMALL, '--epochs', '40', '--decay', 'none', '--out', str(tmp_path / 'run'), '--no-report']
     p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     deadline = time.time() + 120
     while not (tmp_path / 'run' / 'checkpoint.pt').exists() and time.time() < deadline: time.sleep(.05)

@@ -9,6 +9,7 @@ __all__ = ['BaselineSettings', 'Baseline']
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -59,7 +60,7 @@ class Baseline(Method):
         self.classifier = Classifier(self.encoder.dim, crops.n_ids)
         transform = train_transform(s.height, s.width, flip=s.flip, pad=s.pad, erase=s.erase)
         sampler = PKSampler(crops.pids, s.p, s.k, seed=s.seed) if s.triplet else \
-            ShuffleSampler(len(crops), s.p*s.k, seed=s.seed)
+            ShuffleSampler(np.flatnonzero(crops.pids>0), s.p*s.k, seed=s.seed)
         self.data = self.loader(sampler, transform)
 
     def epoch(self, n): return self.batches(self.data, n)
