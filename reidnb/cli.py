@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
-import torch
 import tyro
 from tyro.conf import Positional, subcommand
 
 from .cards import make_card, write_card
 from .crops import Crops
-from .experiments import RECIPES, check, describe, open_data, recipe, report_run, run_experiment
+from .experiments import (RECIPES, check, describe, device, open_data, recipe, report_run,
+                                run_experiment)
+from .processes import rank_size
 from .folders import from_folder
 from .search import Gallery, build_gallery, show_hits
 from .training import Method, NonFiniteLoss, load_model, score
@@ -41,9 +42,9 @@ class World:
     def run(self):
         start, folder = time.perf_counter(), self.out/self.site
         if any(folder.glob('*')): raise ValueError(f'{folder} is not empty: choose another --out')
-        device = ('cuda' if torch.cuda.is_available() else 'cpu') if self.device=='auto' else self.device
+        where = device() if self.device=='auto' else self.device
         data = make_site(self.site, n_train=self.train_people, n_test=self.test_people, full=self.full,
-                         seed=self.seed, height=self.height, width=self.height//2, device=device)
+                         seed=self.seed, height=self.height, width=self.height//2, device=where)
         write_market(data, folder)
         n = sum(len(c) for c in data.subsets.values() if c is not None)
         rate = n/(time.perf_counter()-start)
@@ -93,7 +94,7 @@ class Train(DataOptions):
         data = self.open(settings.height)
         for line in (data, *check(data)): print(line, flush=True)
         r = run_experiment(name, data, out, settings, before=self.before, resume=not self.fresh)
-        if self.report and r.after: report_run(r, data)
+        if self.report and r.after and rank_size()[0]==0: report_run(r, data)
         before = [f'before training  {r.before.metrics}'] if r.before else []
         after = [f'after training   {r.metrics}'] if r.metrics else ['no test part: nothing was scored']
         return '\n'.join([*before, *after, f'model, log, card and report are in {out}'])
@@ -107,7 +108,7 @@ class Eval(DataOptions):
     out:str='' # Result card to write, `*.json`
 
     def run(self):
-        method = load_model(self.model)
+        method = load_model(self.model).to(device())
         data, start = self.open(method.settings.height), time.perf_counter()
         print(data, flush=True)
         data.need('query', 'gallery')
@@ -133,7 +134,7 @@ class Search:
     def run(self):
         if not self.query.exists(): raise FileNotFoundError(f'no image {self.query} to search for')
         query = from_folder(self.query) if self.query.is_dir() else self.query
-        gallery = _gallery(load_model(self.model), from_folder(self.gallery))
+        gallery = _gallery(load_model(self.model).to(device()), from_folder(self.gallery))
         hits = gallery.search(query, self.k, per=self.per or None)
         if self.out: show_hits(hits, n=self.k).save(self.out)
         return str(hits)
@@ -189,7 +190,8 @@ def main(
                        config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes))
     try: print(command.run())
     except KeyboardInterrupt:
-        print('\nstopped; the same command goes on from the last finished epoch', file=sys.stderr)
+        more = '; the same command, without --fresh, goes on from the last finished epoch'
+        print('\nstopped' + more*isinstance(command, (Train, Demo)), file=sys.stderr)
         return 130
     except _mendable as e:
         if os.environ.get('REIDNB_DEBUG'): raise

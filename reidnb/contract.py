@@ -8,11 +8,11 @@ __all__ = ['Settings', 'schedule', 'Batch', 'Method', 'score', 'save_model', 'lo
 # %% ../nbs/training/09_contract.ipynb #b43eea84
 import importlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Iterable, Literal
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -59,7 +59,7 @@ def schedule(
     "Warm-up times step or cosine decay"
     warm = min(1., .1+.9*epoch/s.warmup) if s.warmup else 1.
     if s.decay=='none': return warm
-    if s.decay=='cosine': return warm*.5*(1+np.cos(np.pi*epoch/s.epochs))
+    if s.decay=='cosine': return warm*.5*(1+math.cos(math.pi*epoch/s.epochs))
     if s.decay=='steps': return warm*s.gamma**sum(m<=epoch for m in s.steps)
     raise ValueError(f"decay {s.decay!r} is none of 'steps', 'cosine', 'none'")
 

@@ -114,7 +114,7 @@ def _same_settings(
 )->None: # Nothing; raises when they differ
     "Refuse to go on with other settings"
     then, now = (json.loads(json.dumps(x)) for x in (then, now))
-    free = {'workers', 'eval_every', 'tensorboard'} | ({'epochs'} if now['decay']!='cosine' else set())
+    free = {'workers', 'eval_every', 'tensorboard', 'epochs' if now['decay']!='cosine' else ''}
     differ = [f'{k}: {then.get(k)} then, {v} now' for k,v in now.items() if k not in free and then.get(k)!=v]
     if differ: raise ValueError(f'{out} holds a run with other settings ({"; ".join(differ)}): '
                                 f'give them again, choose another folder, or start anew (--fresh)')
@@ -222,7 +222,7 @@ def fit(
 def _check_weights(run):
     "A finite loss may have a gradient that is not: such weights are never saved"
     bad = [k for k,p in run.method.named_parameters() if not p.isfinite().all()]
-    if bad: raise NonFiniteLoss(f'{len(bad)} weights ({bad[0]}, ...) are not finite after epoch {run.epoch-1}: '
+    if bad: raise NonFiniteLoss(f'{len(bad)} weights ({bad[0]}, ..) not finite after epoch {run.epoch-1}: '
                                 f'lower lr or set clip; the last checkpoint is unharmed')
 
 def _validate(run, val):
