@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -70,8 +70,10 @@ class Run:
         s = method.settings
         self.out, self.epoch, self.step, self.best, self.progress = Path(out), 0, 0, -1., progress
         AcceleratorState._reset_state()   # a process may train with one precision after another
-        self.accelerator = Accelerator(mixed_precision=s.precision, gradient_accumulation_steps=s.accumulate,
-                                       log_with='tensorboard' if s.tensorboard else None, project_dir=out)
+        self.accelerator = Accelerator(
+            mixed_precision=s.precision, gradient_accumulation_steps=s.accumulate, project_dir=out,
+            log_with='tensorboard' if s.tensorboard else None,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]) # memories stay in place
         if s.tensorboard: self.accelerator.init_trackers('tensorboard')
         if self.accelerator.num_processes>1: global_batch_norm(method)
         self.method = method.to(self.accelerator.device)
