@@ -152,7 +152,7 @@ def test_arcface_on_the_axis(dtype, sign):
 
 def test_autocast_changes_nothing():
     f, y = normal(6, 8, dtype=torch.float32), long([0, 1, 2, 2, 0, -1])
-    arc, cm = I.ArcFace(8, 3), I.ClassMemoryLoss(8, 3).eval()
+    arc, cm = I.ArcFace(8, 3), I.ClassMemoryLoss(8, 3, auto_update=True).eval()
     cm.memory.update(y[:3], f[3:])
     for loss in (arc, cm, I.CenterLoss(8, 3).eval(), lambda f, y: I.cross_entropy(f, y)):
         plain = loss(f, y)
@@ -184,7 +184,7 @@ def test_center_loss_equals_loop(batches, rate, unit, seed):
 @QUIET
 @given(st.lists(labels, min_size=1, max_size=4), st.booleans(), st.sampled_from([0, 2.]), seeds)
 def test_class_memory_equals_loop(batches, mask, gamma, seed):
-    loss, memory = I.ClassMemoryLoss(3, 4, gamma=gamma, mask_unseen=mask), {}
+    loss, memory = I.ClassMemoryLoss(3, 4, gamma=gamma, mask_unseen=mask, auto_update=True), {}
     for b, y in enumerate(batches):
         f = normal(len(y), 3, seed=seed+b, dtype=torch.float32)
         running = loss.bn.running_mean.item(), loss.bn.running_var.item()
@@ -214,7 +214,7 @@ def test_order_of_the_batch_does_not_matter(y, seed):
     p = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     arc, center = I.ArcFace(4, 4).double(), I.CenterLoss(4, 4).double().eval()
     center.centres.copy_(normal(4, 4, seed=seed+1))
-    memory = I.ClassMemoryLoss(4, 4).eval()
+    memory = I.ClassMemoryLoss(4, 4, auto_update=True).eval()
     memory.memory.update(torch.arange(4), normal(4, 4, seed=seed+2))
     memory = memory.double()
     for loss in (arc, center, memory, I.cross_entropy):
@@ -237,7 +237,7 @@ def test_gradients_in_double_precision():
 
 def test_states_travel_in_the_checkpoint():
     f, y = normal(6, 4, dtype=torch.float32), long([0, 1, 2, 2, 0, -1])
-    for make in (lambda: I.CenterLoss(4, 3), lambda: I.ClassMemoryLoss(4, 3), lambda: I.ArcFace(4, 3)):
+    for make in (lambda: I.CenterLoss(4, 3), lambda: I.ClassMemoryLoss(4, 3, auto_update=True), lambda: I.ArcFace(4, 3)):
         old, new = make(), make()
         old(f, y), old(f, y)
         new.load_state_dict(old.state_dict())
@@ -249,7 +249,7 @@ def _two(rank, file, results):
     torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
     f, y = normal(8, 4, dtype=torch.float32), long([0, 1, 1, -1, 2, 2, 0, 1])
     part = slice(4*rank, 4*rank+4)
-    center, cm = I.CenterLoss(4, 3), I.ClassMemoryLoss(4, 3)
+    center, cm = I.CenterLoss(4, 3), I.ClassMemoryLoss(4, 3, auto_update=True)
     center(f[part], y[part]), cm(f[part], y[part])
     torch.save((center.centres, cm.memory.maps), f'{results}{rank}')
     torch.distributed.destroy_process_group()
@@ -258,7 +258,7 @@ def _two(rank, file, results):
 def test_two_processes_hold_the_state_of_one(tmp_path):
     mp.spawn(_two, (str(tmp_path/'meet'), str(tmp_path/'result')), nprocs=2)
     f, y = normal(8, 4, dtype=torch.float32), long([0, 1, 1, -1, 2, 2, 0, 1])
-    center, cm = I.CenterLoss(4, 3), I.ClassMemoryLoss(4, 3)
+    center, cm = I.CenterLoss(4, 3), I.ClassMemoryLoss(4, 3, auto_update=True)
     center(f, y), cm(f, y)
     for rank in range(2):
         centres, maps = torch.load(tmp_path/f'result{rank}')
@@ -272,6 +272,6 @@ def test_bad_input_is_named():
                        (lambda: I.scr_loss([z], [], y), 'no global'), (lambda: I.arc_margin(z, -.1), 'margin -0.1'),
                        (lambda: I.camera_cross_entropy([z], y, y), 'camera 2'),
                        (lambda: I.camera_cross_entropy([], []), '0 heads'),
-                       (lambda: I.ClassMemoryLoss(4, 3)(z, y[:2]), '3 features'),
-                       (lambda: I.ClassMemoryLoss(4, 3)(z, y+1), 'class 3')):
+                       (lambda: I.ClassMemoryLoss(4, 3, auto_update=True)(z, y[:2]), '3 features'),
+                       (lambda: I.ClassMemoryLoss(4, 3, auto_update=True)(z, y+1), 'class 3')):
         with pytest.raises(ValueError, match=word): call()

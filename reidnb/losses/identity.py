@@ -204,7 +204,7 @@ class ClassMemoryLoss(nn.Module):
         gamma:float=2., # Focusing parameter
         keep:float=0., # Keep rate of the memory; 0 assigns
         mask_unseen:bool=True, # Leave people without a feature out; False: they are negatives
-        auto_update:bool=True, # Update in `forward` when training; False: call `update` after `backward`
+        auto_update:bool=False, # Update in `forward` when training, at the price of a copy of the memory
     ):
         super().__init__()
         self.gamma, self.mask_unseen, self.auto_update = gamma, mask_unseen, auto_update
