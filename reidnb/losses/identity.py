@@ -23,7 +23,7 @@ def cross_entropy(
     smoothing:float=0., # Share of the target spread over all classes, in `[0,1]`
     reduction:str='mean', # 'mean' over the labelled rows, 'sum' or 'none'
 )->Tensor: # Scalar; `(B,)` for 'none'
-    "Softmax cross-entropy that ignores outliers (thesis eqs. 2.3, 3.1)"
+    "Softmax cross-entropy that ignores outliers (ECN eq. 1; thesis eqs. 2.3, 3.1)"
     if y.shape!=logits.shape[:1]:
         raise ValueError(f'{len(logits)} rows of logits for labels {tuple(y.shape)}')
     per = F.cross_entropy(_full(logits), y, ignore_index=-1, label_smoothing=smoothing, reduction='none')
