@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 # %% ../nbs/labels/10_neighbours.ipynb #3f995a80
 class Neighbours(NamedTuple):
-    "The nearest rows of each row, nearest first, ties by index"
+    "The nearest rows of each row, nearest first; of equal ones the row itself, then by index"
     index: Tensor # int64 `(N,k)`
     distance: Tensor # float32 `(N,k)`
     far: Tensor # Largest distance of each row to any other, float32 `(N,)`; NaN from faiss
@@ -38,21 +38,30 @@ def _finite(x, name):
     if len(bad): raise ValueError(f'{name}: row {int(bad[0])} and {len(bad)-1} more are not finite')
     return x.float()
 
-def _smallest(d, k, first):
-    "Keys of the `k` smallest entries of each row, unsorted; `first` is the index of column 0"
-    n, cols = d.shape[1], torch.arange(d.shape[1], device=d.device)
-    if n<=k: return _pack(d, first+cols)
+def _smallest(d, k, first, own):
+    "Keys of the `k` smallest entries of each row, unsorted; columns count from `first`, rows from `own`"
+    n, cols = d.shape[1], first+1+torch.arange(d.shape[1], device=d.device)
+    rows = torch.full((len(d),), -1) if own is None else own+1+torch.arange(len(d))
+    rows = rows.to(d.device)[:,None]
+    place = lambda j, i: torch.where(j==i, 0, j)       # a row itself comes before its equals
+    if n<=k: return _pack(d, place(cols, rows))
     v,i = d.topk(k+1, 1, largest=False)
-    key = _pack(v[:,:k], i[:,:k]+first)
+    key = _pack(v[:,:k], place(cols[i[:,:k]], rows))
     tied = (v[:,k-1]==v[:,k]).nonzero()[:,0]
-    if len(tied): key[tied] = _pack(d[tied], first+cols).topk(k, 1, largest=False).values
+    if len(tied): key[tied] = _pack(d[tied], place(cols, rows[tied])).topk(k, 1, largest=False).values
     return key
 
-def _merge(best, far, rows, d, first):
+def _merge(best, far, rows, d, first, own):
     "Take a block of distances into the running lists of its rows"
-    key = torch.cat([best[rows], _smallest(d, best.shape[1], first)], 1)
+    key = torch.cat([best[rows], _smallest(d, best.shape[1], first, rows.start if own else None)], 1)
     best[rows] = key.topk(best.shape[1], 1, largest=False).values
     far[rows] = torch.maximum(far[rows], d.amax(1))
+
+def _sorted(best, far, own):
+    "Running lists as neighbours"
+    d,i = _unpack(best.sort(1).values)
+    itself = torch.arange(len(i), device=i.device)[:,None]
+    return Neighbours(torch.where(i==0, itself, i-1) if own else i-1, d, far)
 
 def _lists(n, k, device):
     "Empty running lists: keys and largest distances"
@@ -70,9 +79,10 @@ def _faiss(x, y, k, own):
     import faiss
     index = faiss.IndexFlatL2(x.shape[1]); index.add(y.cpu().numpy())
     d,i = (torch.from_numpy(a) for a in index.search(x.cpu().numpy(), k))
-    if own: d[i==torch.arange(len(x))[:,None]] = 0
-    d,i = _unpack(_pack(d.clamp(min=0), i).sort(1).values)
-    return Neighbours(i, d, torch.full((len(x),), torch.nan))
+    itself = torch.arange(len(x))[:,None]
+    d = d.clamp(min=0) if not own else d.clamp(min=0).masked_fill(i==itself, 0)
+    key = _pack(d, torch.where(i==itself, 0, i+1) if own else i+1)
+    return _sorted(key, torch.full((len(x),), torch.nan), own)
 
 # %% ../nbs/labels/10_neighbours.ipynb #40035fc7
 def knn(
@@ -96,10 +106,9 @@ def knn(
         for b in range(a if own else 0, len(y), step):
             d = _distance(x[a:a+step], y[b:b+step])
             if own and a==b: d.fill_diagonal_(0)
-            _merge(best, far, slice(a, a+step), d, b)
-            if own and b>a: _merge(best, far, slice(b, b+step), d.T.contiguous(), a)
-    d,i = _unpack(best.sort(1).values)
-    return Neighbours(i, d, far)
+            _merge(best, far, slice(a, a+step), d, b, own)
+            if own and b>a: _merge(best, far, slice(b, b+step), d.T.contiguous(), a, own)
+    return _sorted(best, far, own)
 
 # %% ../nbs/labels/10_neighbours.ipynb #e0a74978
 def knn_given(
@@ -115,10 +124,9 @@ def knn_given(
         d = torch.as_tensor(rows(a, min(a+step, n))).float()
         if not d.isfinite().all(): raise ValueError(f'distances of rows {a} to {a+len(d)-1} are not all finite')
         out = out or _lists(n, min(k, n), d.device)
-        key = _smallest(d, out[0].shape[1], 0)
+        key = _smallest(d, out[0].shape[1], 0, a)
         out[0][a:a+step], out[1][a:a+step] = key, d.amax(1)
-    d,i = _unpack(out[0].sort(1).values)
-    return Neighbours(i, d, out[1])
+    return _sorted(*out, True)
 
 # %% ../nbs/labels/10_neighbours.ipynb #307b106b
 def reciprocal(
@@ -180,7 +188,7 @@ def encode(
     "Weights over expanded reciprocal neighbours (Zhong et al. 2017, eqs. 7, 11)"
     n = len(near.index)
     R = reciprocal(near.index, k1 if self_in_k1 else k1+1)
-    E = expand(R, reciprocal(near.index, round(k1/2)+1))
+    E = expand(R, reciprocal(near.index, round(k1/2)+1))+sp.identity(n, np.float32, 'csr')
     d, rows = _known(E, near, pairs)
     if scale:
         low, far = near.distance[:,0].cpu().numpy(), near.far.cpu().numpy()
