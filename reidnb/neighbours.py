@@ -112,21 +112,27 @@ def knn(
 
 # %% ../nbs/labels/10_neighbours.ipynb #e0a74978
 def knn_given(
-    rows:Callable, # `rows(a,b)` -> distances of rows `a..b-1` to all, `(b-a,N)`
+    rows:Callable, # `rows(a,b)` -> distances of rows `a..b-1` to all, `(b-a,N)`, or a list of its columns' blocks
     n:int, # Number of rows
     *,
     k:int=30, # Neighbours a row, at most `n`
     budget:int=2**28, # Memory for a block, bytes
+    cuts:tuple=(), # Rows that begin a new block
 )->Neighbours: # Indices, distances as given, and the largest of each row
     "Nearest neighbours from rows of a distance matrix"
-    step, out = max(1, budget//(12*n)), None
-    for a in range(0, n, step):
-        d = torch.as_tensor(rows(a, min(a+step, n))).float()
-        if not d.isfinite().all(): raise ValueError(f'distances of rows {a} to {a+len(d)-1} are not all finite')
-        out = out or _lists(n, min(k, n), d.device)
-        key = _smallest(d, out[0].shape[1], 0, a)
-        out[0][a:a+step], out[1][a:a+step] = key, d.amax(1)
-    return _sorted(*out, True)
+    out, k, ends = None, min(k, n), sorted({*range(0, n, max(1, budget//(12*n))), *cuts, n})
+    for a,b in zip(ends, ends[1:]):
+        blocks, first = rows(a, b), 0
+        for d in blocks if isinstance(blocks, (list, tuple)) else [blocks]:
+            d = torch.as_tensor(d).float()
+            out = out or _lists(n, k, d.device)
+            _merge(*out, slice(a, a+len(d)), d, first, True)
+            first += d.shape[1]
+        if first!=n: raise ValueError(f'rows {a} to {a+len(d)-1} have {first} distances, not {n}')
+    near = _sorted(*out, True)
+    bad = (~(near.far+near.distance[:,0]).isfinite()).nonzero()[:,0]     # NaN is the largest for `amax`
+    if len(bad): raise ValueError(f'row {int(bad[0])} and {len(bad)-1} more have distances that are not finite')
+    return near
 
 # %% ../nbs/labels/10_neighbours.ipynb #307b106b
 def reciprocal(

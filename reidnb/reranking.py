@@ -66,21 +66,27 @@ def rerank_distances(
         raise ValueError(f'qg is {(Q, G)}: qq must be {(Q, Q)} and gg {(G, G)}, '
                          f'not {tuple(qq.shape)} and {tuple(gg.shape)}')
     if transposed: qq, gg = qq.T, gg.T
-    def rows(a, b):
-        top = torch.cat([qq[a:b], qg[a:b]], 1) if a<Q else qg.new_zeros(0, Q+G)
-        low = slice(max(a-Q, 0), max(b-Q, 0))
-        return torch.cat([top, torch.cat([qg[:,low].T, gg[low]], 1)])
     blocks = [[qq, qg], [qg.T, gg]]
-    return _given(rows, blocks, (Q, G), kind, k1, k2, lambda_, normalise, budget)
+    return _given(blocks, (Q, G), kind, k1, k2, lambda_, normalise, budget)
 
 # %% ../nbs/ranking/20_reranking.ipynb #a610b028
-def _given(rows, blocks, shape, kind, k1, k2, lambda_, normalise, budget):
-    "Re-rank distances that come as rows and as blocks for single pairs"
+def _turned(x, step=512):
+    "The rows of a transposed view in memory order, copied in squares that fit the processor's cache"
+    if x.stride(-1)==1: return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for a in range(0, x.shape[1], step): out[:,a:a+step] = x[:,a:a+step]
+    return out
+
+def _given(blocks, shape, kind, k1, k2, lambda_, normalise, budget):
+    "Re-rank distances that come as one block, all to all, or as four"
     if normalise not in ('max', 'minmax', None):
         raise ValueError(f"normalise {normalise!r}: 'max', 'minmax' or None")
     (Q, G), device = shape, blocks[0][0].device
     n = Q+G if len(blocks)>1 else Q
-    near = knn_given(rows, n, k=max(k1+1, k2), budget=budget)
+    def rows(a, b):
+        r = int(a>=Q and len(blocks)>1)
+        return [_turned(d[a-r*Q:b-r*Q]) for d in blocks[r]]
+    near = knn_given(rows, n, k=max(k1+1, k2), budget=budget, cuts=(Q,))
     low = near.distance[:,0] if normalise=='minmax' else torch.zeros_like(near.far)
     span = (near.far-low).clamp(min=1e-12) if normalise else torch.ones_like(near.far)
     def pairs(i, j):
@@ -116,7 +122,7 @@ def rerank_all(
     kind, d = type(dist), torch.as_tensor(dist)
     if d.ndim!=2 or d.shape[0]!=d.shape[1]: raise ValueError(f'dist has shape {tuple(d.shape)}: (N,N)')
     if transposed: d = d.T
-    return _given(lambda a,b: d[a:b], [[d]], d.shape, kind, k1, k2, lambda_, normalise, budget)
+    return _given([[d]], d.shape, kind, k1, k2, lambda_, normalise, budget)
 
 # %% ../nbs/ranking/20_reranking.ipynb #58e76b22
 def rerank_top(
