@@ -98,7 +98,7 @@ class ClassMapMemory(Memory):
         super().__init__()
         if n_classes<1: raise ValueError('a memory of 0 classes; keep the labels of the last epoch')
         self.keep = keep
-        self.register_buffer('maps', torch.zeros(n_classes, *shape))
+        self.register_buffer('maps', torch.zeros(n_classes, *shape, dtype=torch.float32))
         self.register_buffer('seen', torch.zeros(n_classes, dtype=torch.bool))
 
     def update(self,
@@ -124,7 +124,7 @@ class ExemplarMemory(Memory):
         super().__init__()
         if n<1: raise ValueError('a memory of 0 images')
         self.unit = unit
-        self.register_buffer('rows', torch.zeros(n, dim))
+        self.register_buffer('rows', torch.zeros(n, dim, dtype=torch.float32))
 
     def update(self,
         index:Tensor, # Rows to update, int64 `(B,)`; -1 is skipped
@@ -157,7 +157,7 @@ class ExemplarMemory(Memory):
 
 # %% ../nbs/features/40_memory.ipynb #3975b274
 def keep_schedule(
-    epoch:int, # Epoch, counted from 1
+    epoch:int, # Epoch as the caller counts: from 0 as ECN's code, or from 1, where ECN's paper starts
     rate:float=.01, # Rise per epoch
     most:float=1., # Upper limit, in `[0,1]`
 )->float: # Keep rate in `[0,1]`
@@ -230,7 +230,7 @@ class ClusterProxyMemory(Memory):
     ):
         super().__init__()
         self.normalise = normalise
-        self.register_buffer('proxies', torch.zeros(0, dim))
+        self.register_buffer('proxies', torch.zeros(0, dim, dtype=torch.float32))
 
     def rebuild(self,
         features:Tensor, # Features of all images, `(N,D)`; the same in every process
@@ -263,7 +263,7 @@ class CameraProxyMemory(Memory):
     ):
         super().__init__()
         self.normalise = normalise
-        self.register_buffer('proxies', torch.zeros(0, dim))
+        self.register_buffer('proxies', torch.zeros(0, dim, dtype=torch.float32))
         for name in ('labels', 'cams'): self.register_buffer(name, torch.zeros(0, dtype=torch.long))
 
     def rebuild(self,

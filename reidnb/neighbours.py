@@ -211,20 +211,21 @@ def encode(
     return V
 
 # %% ../nbs/labels/10_neighbours.ipynb #9efc6342
-def overlap(
-    V:sp.csr_matrix, # Weights, `(N,N)`, indices sorted
-    use:Callable, # `use(a,b,m)` is called with the overlaps of rows `a..b-1`, float64 `(b-a,N)`
-    *,
-    stop:int|None=None, # Rows before this one only; None: all
-    budget:int=2**26, # Memory of one block, bytes; each thread holds one
-)->list: # What `use` returned, block by block in order
-    "Sum of the smaller weights of every pair of rows, block by block (Zhong et al. 2017, eq. 10)"
-    n, W = V.shape[0], V.tocsc()
-    stop, length = n if stop is None else stop, np.diff(W.indptr)
-    work = np.append(0, np.cumsum(length[V.indices], dtype=np.int64))[V.indptr]*48 + np.arange(n+1)*8*n
-    cuts = [0]
+def _cuts(V, length, stop, budget):
+    "Where to cut rows so that a block's sums and its walk through the columns fit the budget"
+    n, cuts = V.shape[0], [0]
+    walk = np.append(0, np.cumsum(length[V.indices], dtype=np.int64))[V.indptr]
+    work = walk*48 + np.arange(n+1)*8*n
     while cuts[-1]<stop:
-        cuts.append(min(stop, max(cuts[-1]+1, int(np.searchsorted(work, work[cuts[-1]]+budget, 'right'))-1)))
+        end = int(np.searchsorted(work, work[cuts[-1]]+budget, 'right'))-1
+        cuts.append(min(stop, max(cuts[-1]+1, end)))
+    return cuts
+
+def _overlaps(V, use, stop=None, budget=2**26):
+    "Yield what `use` returns for each block of rows, in order"
+    n, W = V.shape[0], V.tocsc()
+    length = np.diff(W.indptr)
+    cuts = _cuts(V, length, n if stop is None else stop, budget)
     def block(a, b):
         part = slice(V.indptr[a], V.indptr[b])
         l, size = V.indices[part], length[V.indices[part]]
@@ -233,10 +234,32 @@ def overlap(
         m = np.minimum(W.data[at], np.repeat(V.data[part], size))
         m = np.bincount(np.repeat(row, size)+W.indices[at], m, (b-a)*n)
         return use(a, b, m.reshape(b-a, n))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(block, cuts[:-1], cuts[1:]))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool: yield from pool.map(block, cuts[:-1], cuts[1:])
+
+# %% ../nbs/labels/10_neighbours.ipynb #b7fc5950
+def overlap(
+    V:sp.csr_matrix, # Weights, `(N,N)`, indices sorted
+    use:Callable, # `use(a,b,m)` is called with the overlaps of rows `a..b-1`, float64 `(b-a,N)`
+    *,
+    stop:int|None=None, # Rows before this one only; None: all
+    budget:int=2**26, # Memory of one block, bytes; each thread holds one
+)->list: # What `use` returned, block by block in order
+    "Sum of the smaller weights of every pair of rows, block by block (Zhong et al. 2017, eq. 10)"
+    return list(_overlaps(V, use, stop, budget))
 
 # %% ../nbs/labels/10_neighbours.ipynb #0e814379
+def _stack(parts, shape):
+    "CSR matrix from blocks of rows that come one by one; its arrays grow in place"
+    j, v, at, counts = np.empty(0, np.int32), np.empty(0, np.float32), 0, []
+    for n,a,b in parts:
+        if at+len(a)>len(j):
+            for x in (j, v): x.resize(int(1.5*(at+len(a))), refcheck=False)
+        j[at:at+len(a)], v[at:at+len(a)] = a, b
+        at += len(a); counts.append(n)
+    for x in (j, v): x.resize(at, refcheck=False)
+    return sp.csr_matrix((v, j, np.append(0, np.cumsum(np.concatenate(counts), dtype=np.int64))), shape)
+
+# %% ../nbs/labels/10_neighbours.ipynb #ae3c8117
 def jaccard(
     x, # Features, `(N,D)` torch or numpy; unit rows unless `weights='exp'`
     *,
@@ -262,16 +285,7 @@ def jaccard(
         m /= 2-m
         i,j = np.nonzero(m>min_similarity)
         return np.bincount(i, minlength=b-a), j.astype(np.int32), m[i,j].astype(np.float32)
-    return _stack(overlap(V, part, budget=max(2**22, budget//8)), V.shape)
-
-def _stack(parts, shape):
-    "CSR matrix from blocks of rows, each released as it is copied"
-    start = np.append(0, np.cumsum(np.concatenate([p[0] for p in parts]), dtype=np.int64))
-    j, v, at = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32), 0
-    while parts:
-        _, a, b = parts.pop(0)
-        j[at:at+len(a)], v[at:at+len(a)] = a, b; at += len(a)
-    return sp.csr_matrix((v, j, start), shape)
+    return _stack(_overlaps(V, part, budget=max(2**22, budget//8)), V.shape)
 
 # %% ../nbs/labels/10_neighbours.ipynb #dae706fc
 def source_term(

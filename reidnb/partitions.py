@@ -71,6 +71,11 @@ class Reduce(nn.Module):
         return F.relu(x) if self.relu else x
 
 # %% ../nbs/features/30_partitions.ipynb #4b54bd93
+def _target_head(kind):
+    if kind not in ('code', 'relu_drop_norm'):
+        raise ValueError(f"target_head={kind!r}: 'code' or 'relu_drop_norm'")
+
+# %% ../nbs/features/30_partitions.ipynb #2c9c9158
 class EmbeddingFC(nn.Module):
     "Fully connected layer and batch normalisation with two ways out (ECN section 3.1)"
     def __init__(self,
@@ -81,8 +86,7 @@ class EmbeddingFC(nn.Module):
         target_head:str='code', # 'code': norm, then dropout; 'relu_drop_norm': norm last
     ):
         super().__init__()
-        if target_head not in ('code', 'relu_drop_norm'):
-            raise ValueError(f"target_head={target_head!r}: 'code' or 'relu_drop_norm'")
+        _target_head(target_head)
         self.fc, self.bn, self.relu = nn.Linear(dim, out), nn.BatchNorm1d(out), relu
         self.dropout, self.target_head = nn.Dropout(dropout), target_head
         nn.init.kaiming_normal_(self.fc.weight, mode='fan_out'); nn.init.zeros_(self.fc.bias)
@@ -107,8 +111,9 @@ class HeadSpec:
     pool:str='gmp' # 'gap', 'gmp' or 'gem'
     reduce:str|None='conv' # 'conv' 1x1 and BN, 'neck' BN-neck, 'fc' embedding, None
     dim:int|None=None # Channels after 'conv' or 'fc'; None: an eighth, or twice, those of the map
-    relu:bool=False # ReLU after 'conv'; with 'fc' on the way to the classifier
-    dropout:float=0. # Before the classifier
+    relu:bool|None=None # ReLU after 'conv'; with 'fc' before the classifier; None: with 'fc' only
+    dropout:float|None=None # Before the classifier, with 'fc' on both ways; None: 0.5 with 'fc', 0
+    target_head:str='code' # With 'fc': order on the way to the memory, as in `EmbeddingFC`
     classifier:bool=True # Predicts the person
     bias:bool=True # The classifier learns an offset
     is_global:bool=False # Feeds the triplet loss
@@ -117,6 +122,9 @@ class HeadSpec:
         if not self.name.isidentifier(): raise ValueError(f"head {self.name!r}: must be a word")
         if self.reduce not in ('conv', 'neck', 'fc', None):
             raise ValueError(f"head {self.name!r}: {self.reduce!r}, not 'conv', 'neck', 'fc', None")
+        _target_head(self.target_head)
+        for what,own in (('relu', self.reduce=='fc'), ('dropout', .5*(self.reduce=='fc'))):
+            if getattr(self, what) is None: object.__setattr__(self, what, own)
         for what,part in (('rows', self.rows), ('channels', self.channels)):
             n = 1 if part is None else part[1] if isinstance(part[1], int) else len(part[1])
             if part and not 0<=part[0]<n:
@@ -253,7 +261,9 @@ class _Head(nn.Module): # pooled vector -> reduced vector and logits
         super().__init__()
         self.spec, (pooled, self.dim) = spec, spec.widths(channels)
         if spec.reduce=='conv': self.reduce = Reduce(pooled, self.dim, spec.relu)
-        elif spec.reduce=='fc': self.reduce = EmbeddingFC(pooled, self.dim, spec.relu, spec.dropout)
+        elif spec.reduce=='fc':
+            how = spec.relu, spec.dropout, spec.target_head
+            self.reduce = EmbeddingFC(pooled, self.dim, *how)
         else: self.reduce = bn_neck(pooled) if spec.reduce=='neck' else nn.Identity()
         self.open, self.classifier = n_classes is None and spec.classifier, None
         if spec.classifier and n_classes is not None: self.classifier = self.new(n_classes)

@@ -1,6 +1,7 @@
 "Contrastive losses: any batch is finite, equals a loop over the printed equation, and ignores order."
 import math
 import os
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from reidnb.losses import contrastive as C
 
 torch.set_num_threads(1)
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler is silent
+pytestmark = pytest.mark.filterwarnings('ignore:no negatives in the batch')   # tested on purpose below
 QUIET = settings(max_examples=60, deadline=None)
 SEEDS = st.integers(0, 2**31)
 
@@ -120,7 +122,7 @@ def test_agnostic_is_equation_6_5(b, k, d, smoothing, seed):
 def slow_cross(f, P, pl, pc, y, cam, t, n, own, joint, per_camera):
     groups = {}
     for b in range(len(f)):
-        if y[b] < 0: continue
+        if y[b] < 0 or not (pl == y[b]).any(): continue    # no proxy at all: not in the mean
         s = [cosine(f[b], p)/t for p in P]
         pos = [s[j] for j in range(len(P)) if pl[j] == y[b] and (own or pc[j] != cam[b])]
         neg = sorted((s[j] for j in range(len(P)) if pl[j] != y[b]), key=float)[::-1][:n]
@@ -141,7 +143,7 @@ def test_cross_camera_is_equation_6_7(b, ids, n_cams, n, own, joint, per_camera,
     s = dict(n_negatives=n, own_camera=own, joint=joint, sum_over_cameras=per_camera)
     x, proxies = f.clone().requires_grad_(), P.clone().requires_grad_()
     loss = C.camera_proxy_loss(x, proxies, pl, pc, y, cam, **s)
-    equal(loss, slow_cross(f, P, pl, pc, y, cam, .07, n, own, joint, per_camera))
+    equal(loss, slow_cross(f, P, pl, pc, y, cam, .07, n, own, joint, per_camera) or f.new_zeros(()))
     o, q = torch.randperm(b, generator=g), torch.randperm(len(pairs), generator=g)
     equal(C.camera_proxy_loss(f[o], P[q], pl[q], pc[q], y[o], cam[o], **s), loss)
     sound(loss, x)
@@ -315,3 +317,77 @@ def test_only_outliers_and_empty_batches(dtype):
             assert loss == 0 and loss.requires_grad
             f.grad = None
             sound(loss, f)
+
+
+# --- ties, labels, batches without strangers ----------------------------------------------------
+@QUIET
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 35), st.integers(1, 5), SEEDS)
+def test_top_is_a_stable_sort(b, n, k, values, seed):
+    x = ints(gen(seed), values, b, n).float()/3
+    assert torch.equal(C._top(x, k), x.argsort(dim=1, descending=True, stable=True)[:, :k])
+
+
+def test_ties_take_the_lower_index():
+    "An empty memory, and negatives that are copies: which of the equals counts shows in the gradient"
+    cols, _ = C.neighbour_targets(torch.zeros(3, 5000), torch.tensor([0, 7, 4999]), 6)
+    assert cols[:, :6].tolist() == [list(range(6))]*3
+    P = torch.eye(3).repeat(40, 1)                       # cluster 0 in row 0; strangers tie in three groups
+    pl, zero = torch.arange(120), torch.zeros(120).long()
+    for n in (1, 5, 50):
+        _, _, neg = columns = C._positives_and_hardest(P[:1]@P.T, (pl == 0)[None], (pl != 0)[None], n)
+        want = sorted(range(1, 120), key=lambda j: (-float(P[0]@P[j]), j))[:n]
+        assert columns[0][neg].tolist() == want
+    assert C.camera_proxy_loss(P[:2], P, pl, zero, pl[:2], zero[:2]).isfinite()
+
+
+def test_nan_does_not_break_ties():
+    x = torch.zeros(2, 9)
+    x[0, 3] = float('nan')
+    assert C._top(x, 4).shape == (2, 4) and 3 in C._top(x, 4)[0]
+
+
+def test_an_image_whose_cluster_has_no_proxy_leaves_the_mean():
+    f, P, z = torch.randn(4, 3), torch.randn(3, 3), torch.zeros(4).long()
+    pl, pc, y = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0, 5])
+    for s in [dict(own_camera=o, joint=j, sum_over_cameras=c) for o in (0, 1) for j in (0, 1) for c in (0, 1)]:
+        loss = C.camera_proxy_loss(f, P, pl, pc, y, z, **s)
+        torch.testing.assert_close(loss, C.camera_proxy_loss(f[:3], P, pl, pc, y[:3], z[:3], **s))
+    # cluster 1 has a proxy in its own camera only: it counts, with 0
+    two = C.camera_proxy_loss(f[:2], P, pl, pc, y[:2], z[:2], own_camera=False)
+    torch.testing.assert_close(2*two, C.camera_proxy_loss(f[:1], P, pl, pc, y[:1], z[:1], own_camera=False))
+
+
+@pytest.mark.parametrize('bad', [5, -2])
+def test_labels_out_of_range_are_named(bad):
+    f, P, y, ok = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, bad]), torch.tensor([0, 1])
+    labels = torch.arange(5)
+    for what, call in (('class', lambda: C.agnostic_proxy_loss(f, P, y)),
+                       ('memory row', lambda: C.invariance_loss(f@P.T, y)),
+                       ('memory row', lambda: C.view_invariance_loss(f, f, P, labels, y))):
+        with pytest.raises(ValueError, match=fr'{what} {bad} is outside 0\.\.4'): call()
+    for call in (lambda: C.camera_proxy_loss(f, P, labels, 0*labels, ok-3, ok), lambda: C.hard_instance_loss(f, f, ok-3),
+                 lambda: C.view_invariance_loss(f, f, P, labels-3, ok)):
+        with pytest.raises(ValueError, match='label -3: -1 is the only label below 0'): call()
+
+
+def test_views_draw_8192_negatives_unless_told():
+    labels, e = torch.cat([torch.zeros(3).long(), torch.arange(1, 9001)]), torch.eye(3)
+    def loss(n, **s):
+        i = torch.arange(2)
+        return C.view_invariance_loss(e[[0, 0]], e[[0, 0]], e[[1]].expand(n, 3), labels[:n], i, terms=(1, 0, 0), **s)
+    for n, s, k in ((9003, {}, 8192), (9003, dict(n_negatives=None), 9000), (103, {}, 100)):
+        assert abs(loss(n, **s).item()-math.log(1+k)) < 1e-4
+
+
+def test_batches_without_strangers_warn_at_the_callers_line():
+    f, z = torch.randn(4, 3), torch.zeros(4).long()
+    keys, mask = torch.randn(5, 3), torch.zeros(4, 5).bool()
+    for call in (lambda: C.hard_instance_loss(f, f, torch.tensor([0, 0, 0, -1])), lambda: C.info_nce(f, f, keys, .1, mask),
+                 lambda: C.info_nce(f, f, keys[:0], .1), lambda: C.view_invariance_loss(f, f, f, z, z),
+                 lambda: C.view_invariance_loss(f, f, f, z, z, n_negatives=None)):
+        with pytest.warns(UserWarning, match='no negatives in the batch') as caught: assert call() == 0
+        assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        C.hard_instance_loss(f, f, z-1), C.info_nce(f, f, keys, .1, ~mask), C.view_invariance_loss(f, f, f, z-1, z)
+        C.hard_instance_loss(f, f, torch.tensor([0, 1, 1, -1])), C.view_invariance_loss(f, f, f, torch.arange(4), z)

@@ -1,5 +1,6 @@
 """Properties of the distillation losses against slow transcriptions."""
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from reidnb.losses.distillation import (consistency_loss, cross_branch, hardest_
 from reidnb.losses.metric import batch_hard_triplet
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore:no negatives in the batch')   # tested on purpose below
 QUIET = settings(max_examples=60, deadline=None)
 SEED = st.integers(0, 2**31)
 KINDS = ('kl_qp', 'kl_pq', 'mse')
@@ -141,7 +143,7 @@ def test_gradients_in_double_precision():
     for only in (False, True):
         for mine in ('student', 'teacher'): assert check(lambda x: soft_triplet(x, t, y, mine=mine, positive_only=only))
     for kind in KINDS: assert check(lambda x: consistency_loss(x, t, t.flip(1), kind=kind))
-    assert check(lambda x: target_loss(target_terms([x, 2*x], [t, t], [x, x], [t, t.flip(1)], y.clamp(max=3))))
+    assert check(lambda x: target_loss(target_terms([x, 2*x], [t, t], [x, x], [t, t.flip(1)], y.clamp(max=3)), 2))
 
 
 def test_teachers_carry_no_gradient():
@@ -223,6 +225,38 @@ def test_hardest_pairs_ignore_outliers():
     (lambda x: target_terms([x], [x], [x], [x], torch.arange(4)), 'cross=False'),
     (lambda x: target_terms([x, x], [x], [x], [x], torch.arange(4)), 'numbers of branches'),
     (lambda x: target_loss({'ce': x.sum()}), 'terms'),
+    (lambda x: target_loss(dict.fromkeys(('ce', 'sce', 'stri'), x.sum())), 'give n'),
+    (lambda x: hardest_pairs(x, torch.arange(4)-2), 'label -2: -1 is the only'),
+    (lambda x: target_terms([x], [x], [x], [x], torch.arange(4)+1, cross=False), r'class 4 is outside 0\.\.3'),
 ])
 def test_faults_are_named(call, words):
     with pytest.raises(ValueError, match=words): call(torch.randn(4, 4))
+
+
+@pytest.mark.parametrize('gap', [0., 1e-7, 1e-4])
+def test_the_positive_is_a_copy_and_never_the_image_itself(gap):
+    "The floor of the distance and float32 rounding put an image at more than 0 from itself"
+    g = torch.Generator().manual_seed(0)
+    for norm in (1., 40.):
+        f = norm*F.normalize(torch.randn(6, 512, generator=g), dim=1)
+        f[1], f[3] = f[0]*(1+gap), f[2]*(1+gap)
+        positive = hardest_pairs(f, torch.tensor([0, 0, 1, 1, 2, -1]))[0]
+        assert positive[:5].tolist() == [1, 0, 3, 2, 4]
+
+
+def test_one_cluster_warns_at_the_callers_line():
+    f, y = torch.randn(4, 3), torch.tensor([0, 0, 0, -1])
+    with pytest.warns(UserWarning, match='no negatives in the batch') as caught: assert soft_triplet(f, f, y) == 0
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        soft_triplet(f, f, y*0-1), soft_triplet(f, f, torch.arange(4))
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_equal_branches_have_the_loss_of_one(n):
+    x, t, y = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) // 2
+    one = target_loss(target_terms([x], [t], [x], [t], y, cross=False), 1)
+    terms = target_terms([x]*n, [t]*n, [x]*n, [t]*n, y, cross=n > 1)
+    near(target_loss(terms, n).item(), one.item())
+    near(target_loss(terms, scale=1).item(), n*one.item())

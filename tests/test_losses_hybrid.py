@@ -130,6 +130,11 @@ def test_faults_are_named():
     f, memory = torch.randn(2, 3), torch.randn(4, 3)
     with pytest.raises(ValueError, match='3 labels'): hybrid_loss(f, memory, torch.zeros(3).long(), torch.zeros(2).long())
     with pytest.raises(ValueError, match='1 row'): hybrid_loss(f, memory, torch.zeros(4).long(), torch.zeros(1).long())
+    for i in (4, -2):
+        with pytest.raises(ValueError, match=fr'memory row {i} is outside 0\.\.3'): hybrid_loss(f, memory, torch.arange(4), torch.tensor([0, i]))
+    low = torch.tensor([0, -2, 0, 0])
+    with pytest.raises(ValueError, match='label -2: -1 is the only'): hybrid_loss(f, memory, low, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='label -2: -1 is the only'): intra_camera_loss(f, memory, low, low, low[:2], low[:2])
     with pytest.raises(ValueError, match='no rows'): singletons(torch.zeros(0).long())
     none = torch.zeros(4).long()
     with pytest.raises(ValueError, match='two proxies'): intra_camera_loss(f, memory, none, none, none[:2], none[:2])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reidnb.losses import identity as I
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore:no negatives in the batch')   # tested on purpose below
 QUIET = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**31)
 labels = st.one_of(st.lists(st.integers(-1, 3), max_size=10), st.integers(0, 6).map(lambda n: [2]*n),
@@ -269,9 +270,29 @@ def test_two_processes_hold_the_state_of_one(tmp_path):
 def test_bad_input_is_named():
     z, y = torch.zeros(3, 4), long([0, 1, 2])
     for call, word in ((lambda: I.cross_entropy(z, y[:2]), '3 rows'), (lambda: I.mean_cross_entropy([], y), 'no heads'),
-                       (lambda: I.scr_loss([z], [], y), 'no global'), (lambda: I.arc_margin(z, -.1), 'margin -0.1'),
+                       (lambda: I.arc_margin(z, -.1), 'margin -0.1'),
                        (lambda: I.camera_cross_entropy([z], y, y), 'camera 2'),
                        (lambda: I.camera_cross_entropy([], []), '0 heads'),
                        (lambda: I.ClassMemoryLoss(4, 3, auto_update=True)(z, y[:2]), '3 features'),
                        (lambda: I.ClassMemoryLoss(4, 3, auto_update=True)(z, y+1), 'class 3')):
         with pytest.raises(ValueError, match=word): call()
+
+
+@pytest.mark.parametrize('bad', [3, 9, -2])
+def test_labels_without_a_class_are_named_before_the_loss(bad):
+    f, y = torch.randn(3, 4), long([0, bad, -1])
+    memory, center = I.ClassMemoryLoss(4, 3, auto_update=True), I.CenterLoss(4, 3)
+    memory.update(torch.randn(3, 4), torch.arange(3))
+    before = memory.memory.maps.clone()
+    for loss in (I.ArcFace(4, 3), memory, I.ClassMemoryLoss(4, 3).eval(), center,
+                 lambda f, y: I.cross_entropy(f[:, :3], y), lambda f, y: I.scr_loss([f[:, :3]], [f], y),
+                 lambda f, y: I.camera_cross_entropy([f[:, :3]], [y])):
+        with pytest.raises(ValueError, match=fr'class {bad} is outside 0\.\.2 \(-1 skips an image\)'): loss(f, y)
+    assert torch.equal(memory.memory.maps, before) and not center.centres.any()
+
+
+def test_scr_without_vectors_is_the_cross_entropy_and_pcb_is_the_sum():
+    zs, y = list(normal(6, 5, 4)), long([0, 1, 3, 3, -1])
+    for r in ('mean', 'sum'):
+        assert I.scr_loss(zs, [], y, reduction=r) == 2*I.mean_cross_entropy(zs, y, reduction=r)
+    torch.testing.assert_close(6*I.mean_cross_entropy(zs, y), sum(I.cross_entropy(z, y) for z in zs))

@@ -1,5 +1,6 @@
 """Properties of the triplet losses and the focal loss against literal loops."""
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from reidnb.losses import metric as M
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore:no negatives in the batch')   # tested on purpose below
 QUIET = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**31)
 labels = st.one_of(st.lists(st.integers(-1, 3), max_size=12),   # any multiplicities, with outliers
@@ -188,8 +190,38 @@ def test_bad_input_is_named():
     for call, word in ((lambda: M.focal_bce(z, y[:2]), '2 labels'), (lambda: M.focal_bce(z, z+.5), 'soft'),
                        (lambda: M.focal_bce(z, z[:, :2]), r'\(3, 2\)'), (lambda: M.focal_bce(z, y, -1), 'gamma -1'),
                        (lambda: M.focal_bce(z, y, reduction='avg'), 'avg'),
+                       (lambda: M.focal_bce(z, y+2), r'class 4 is outside 0\.\.3'),
+                       (lambda: M.focal_bce(z, y-2), r'class -2 is outside 0\.\.3'),
+                       (lambda: M.batch_hard_triplet(z, y-2), 'label -2: -1 is the only label below 0'),
+                       (lambda: M.hard_triplet(z, y, key_y=long([0, 1, -5, 2])), 'label -5: -1 is'),
                        (lambda: M.hard_triplet(z, y), '3 queries and 3 keys'),
                        (lambda: M.hard_triplet(z, y, key_y=long([0, 1, 2, 3]), exclude_self=True), 'exclude_self'),
                        (lambda: M.batch_hard_triplet(z, y[:2]), '3 features for 2'),
                        (lambda: M.triplet(z, z, z[:1]), 'shapes differ')):
         with pytest.raises(ValueError, match=word): call()
+
+
+@pytest.mark.parametrize('norm, spacing, dim', [(135., 1.3, 2048), (135., 1.3, 16), (1000., .5, 256)])
+@pytest.mark.parametrize('margin', [20., None])
+def test_close_pairs_have_the_gradient_of_float64(norm, spacing, dim, margin):
+    "Long features near each other: the product of features cancels, their difference does not"
+    g = torch.Generator().manual_seed(0)
+    at, step = torch.nn.functional.normalize(torch.randn(2, dim, generator=g, dtype=torch.float64), dim=1)
+    where = torch.tensor([0., 1., 3., 4.5, 7., 8., 12.], dtype=torch.float64)   # no two distances tie
+    f, y = (norm*at+spacing*where[:, None]*step).float(), long([0, 0, 0, 1, 1, 2, 2])
+    v32, g32 = gradient(lambda x: M.batch_hard_triplet(x, y, margin), f)
+    v64, g64 = gradient(lambda x: M.batch_hard_triplet(x, y, margin), f.double())
+    assert v32 == pytest.approx(v64, rel=1e-5, abs=1e-5)
+    assert (g32-g64).abs().max() < 1e-4*g64.abs().max()
+
+
+def test_a_person_without_strangers_warns_at_the_callers_line():
+    f, one, off = torch.randn(4, 3), torch.zeros(4).long(), torch.full((4,), -1)
+    for call in (lambda y: M.batch_hard_triplet(f, y), lambda y: M.hard_triplet(f@f.T, y, similarity=True),
+                 lambda y: M.hard_triplet(f@f.T, one, key_y=y)):
+        with pytest.warns(UserWarning, match='no negatives in the batch') as caught: assert call(one) == 0
+        assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        M.batch_hard_triplet(f, off), M.batch_hard_triplet(f[:0], off[:0])         # nobody is no warning
+        M.batch_hard_triplet(f, long([0, 0, 0, 1])), M.hard_triplet(f@f.T, torch.arange(4), similarity=True)

@@ -1,6 +1,7 @@
 "MMCL: labels equal a walk down sorted lists, the loss equals its loop, nothing breaks at the edges."
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -67,3 +68,15 @@ def test_zero_memory_gives_single_labels():
 def test_duplicates_are_labels_of_each_other():
     M = torch.eye(4)[[0, 0, 0, 1]]
     assert {*map(tuple, mmcl_targets(M, torch.tensor([0])).T.tolist())} == {(0, 0), (0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize('bad', [4, -2])
+def test_rows_out_of_range_are_named(bad):
+    with pytest.raises(ValueError, match=fr'memory row {bad} is outside 0\.\.3'): mmcl_targets(torch.eye(4), torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize('n, counted', [(1, 1), (50, 1), (100, 1), (101, 2), (150, 2), (200, 2), (300, 3), (12935, 130)])
+def test_the_share_is_rounded_up(n, counted):
+    s = torch.linspace(0, -.5, n+1)[None].requires_grad_()
+    mmcl_loss(s, torch.tensor([[0], [0]])).backward()
+    assert int((s.grad[0, 1:] > 0).sum()) == counted

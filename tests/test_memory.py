@@ -234,7 +234,7 @@ def test_logits_are_stable():
 
 
 def test_keep_schedules():
-    assert [keep_schedule(e) for e in (1, 10, 100, 200)] == [.01, .1, 1., 1.]
+    assert [keep_schedule(e) for e in (0, 1, 10, 100, 200)] == [0, .01, .1, 1., 1.]   # from 0: the code of ECN
     assert keep_schedule(90, most=.8) == .8 and keep_schedule(30, .5 / 60) == .25
 
 
@@ -340,3 +340,10 @@ def test_no_numpy_labels_are_lost():
     mem = HybridMemory(4, 2)
     mem.rebuild(np.array([0, 0, -1, 1]), np.eye(4)[:, :2])
     assert mem.labels.tolist() == [0, 0, 2, 1] and mem.rows.dtype == torch.float32
+
+
+def test_rows_are_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try: m = every_memory()
+    finally: torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in m.buffers() if t.is_floating_point()} == {torch.float32}

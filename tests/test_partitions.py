@@ -246,3 +246,29 @@ def test_tracklet_features_do_not_depend_on_row_order(keys, groups, how, seed):
     assert one[0].equal(two[0]) and (one[1] == two[1]).all() and (one[2] == two[2]).all()
     assert one[0].shape == (len(set(keys)), 4*groups)
     assert list(zip(one[1], one[2])) == [k[:2] for k in sorted(set(keys))]
+
+
+def test_an_fc_head_is_the_head_of_ecn_by_default():
+    def made(**how):
+        a = P.Architecture('a', (P.BranchSpec('b', (P.HeadSpec('e', pool='gap', reduce='fc', **how),)),))
+        return P.MultiBranch(make_backbone('small'), a, 3)
+    e = made().heads['e'].reduce
+    assert (e.relu, e.dropout.p, e.target_head, e.bn.bias.requires_grad) == (True, .5, 'code', True)
+    bare = made(relu=False, dropout=0., target_head='relu_drop_norm').heads['e'].reduce
+    assert (bare.relu, bare.dropout.p, bare.target_head) == (False, 0, 'relu_drop_norm')
+    net, x = made().train(), torch.randn(8, 3, 64, 32)
+    out = net(x)
+    v = net.heads['e'].reduce.target(out.reduced['e'])      # BN, norm, dropout: kept entries of a unit vector, twice
+    kept = v != 0
+    torch.testing.assert_close(v[kept], 2*F.normalize(out.reduced['e'], dim=1)[kept])
+    assert .3 < kept.float().mean() < .7 and v.min() < 0
+    head = net.heads['e'].reduce
+    assert torch.equal(net.eval().heads['e'].classifier(F.relu(head(out.pooled['e']))), net.heads['e'](out.pooled['e'])[1])
+
+
+def test_other_heads_have_neither_relu_nor_dropout_by_default():
+    for reduce in ('conv', 'neck', None):
+        h = P.HeadSpec('h', reduce=reduce)
+        assert (h.relu, h.dropout) == (False, 0) and h == P.HeadSpec('h', reduce=reduce, relu=False, dropout=0.)
+    assert all(h.relu for h in P.pcb().heads) and P.asymmetric(dropout=.3).heads[0].dropout == .3
+    with pytest.raises(ValueError, match="target_head='paper'"): P.HeadSpec('h', reduce='fc', target_head='paper')

@@ -10,10 +10,9 @@ __all__ = ['info_nce', 'neighbour_targets', 'invariance_loss', 'agnostic_proxy_l
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .metric import _check_labels, _eager, _full, _no_negatives
 
 # %% ../../nbs/features/56_contrastive_losses.ipynb #bafd0f69
-def _full(x): return x if x.dtype==torch.float64 else x.float()
-
 def _low(x): return torch.finfo(x.dtype).min/4
 
 def _nce(positive, lse): return F.softplus(lse-positive, threshold=50)
@@ -28,17 +27,32 @@ def _mean(x, valid): return torch.where(valid, x, 0).sum()/valid.sum().clamp(min
 def _aligned(f, y, what='labels'):
     if len(f)!=len(y): raise ValueError(f'{len(f)} features for {len(y)} {what}')
 
+def _top(x, k):
+    "Columns of the `k` largest entries of each row, in the order of a stable sort, `(B,k)`"
+    k = min(k, x.shape[1])
+    v, i = x.topk(min(k+1, x.shape[1]), 1)
+    if 0<k<x.shape[1] and _eager(x):
+        tied = (v[:,k-1]==v[:,k]).nonzero()[:,0]
+        if len(tied):   # take the first of the equal ones
+            z, last = x[tied], v[tied,k-1:k]
+            more, equal = ~(z<=last), z==last
+            take = more | equal&(equal.cumsum(1, dtype=torch.int32)<=k-more.sum(1, keepdim=True))
+            i[tied,:k] = take.nonzero()[:,1].view(len(tied), k)
+    i = i[:,:k].sort(1).values
+    return i.gather(1, x.gather(1, i).argsort(dim=1, descending=True, stable=True))
+
 # %% ../../nbs/features/56_contrastive_losses.ipynb #ec6122a7
 def info_nce(
     q:Tensor, # Queries, `(B,D)`
-    positive:Tensor, # The positive key of each query, `(B,D)`
-    negatives:Tensor, # Keys shared by all queries, `(K,D)`
+    positive:Tensor, # The positive key of each query, `(B,D)`; not detached
+    negatives:Tensor, # Keys shared by all queries, `(K,D)`; not detached
     temperature:float, # Divides every product
     mask:Tensor|None=None, # True where a key is a negative of a query, bool `(B,K)`; None: all
 )->Tensor: # Scalar, mean over the queries
     "One positive against many negatives (thesis eqs. 2.3, 6.1)"
     _aligned(q, positive, 'positives')
     if not len(q): return 0*q.float().sum()
+    if not len(negatives) or mask is not None and _eager(mask) and not mask.any(): _no_negatives()
     with torch.autocast(q.device.type, enabled=False):
         q = _full(q)/temperature
         s, z = (q*positive.to(q.dtype)).sum(1), q@negatives.to(q.dtype).T
@@ -53,7 +67,7 @@ def neighbour_targets(
 )->tuple[Tensor,Tensor]: # Columns int64 `(B,k+1)` and weights `(B,k+1)`, the own row last
     "The nearest memory rows as soft positives (ECN eq. 6)"
     _aligned(logits, index, 'indices')
-    near = logits.detach().topk(min(k, logits.shape[1]), 1).indices
+    near = _top(logits.detach(), k)
     own = index[:,None]
     w = (near!=own).to(_full(logits[:0]).dtype)/max(near.shape[1], 1)
     return torch.cat([near, own], 1), torch.cat([w, torch.ones_like(own, dtype=w.dtype)], 1)
@@ -70,6 +84,7 @@ def invariance_loss(
     n:bool=True, # Neighbourhood invariance: the nearest rows are soft positives
 )->Tensor: # Scalar, mean over the inputs
     "Exemplar, camera and neighbourhood invariance (ECN eqs. 3-8)"
+    _check_labels(index, logits.shape[1], 'memory row')
     real = torch.ones_like(index, dtype=torch.bool) if fake is None else ~fake
     with torch.autocast(logits.device.type, enabled=False):
         logp = _full(logits).log_softmax(1)
@@ -87,7 +102,7 @@ def agnostic_proxy_loss(
     smoothing:float=.1, # Share of the target spread over all clusters
 )->Tensor: # Scalar, mean over the labelled
     "Softmax over cluster proxies with an un-normalised feature (thesis eq. 6.5)"
-    _aligned(f, y)
+    _aligned(f, y); _check_labels(y, len(proxies))
     if not (y>=0).any(): return 0*f.float().sum()
     with torch.autocast(f.device.type, enabled=False):
         f = _full(f)/temperature
@@ -99,8 +114,9 @@ def _positives_and_hardest(cos, pos, other, n):
     "Columns `(B,P+n)` holding each row's positives and its `n` nearest others, with a mask for each"
     n_pos = pos.sum(1)
     k = min(cos.shape[1], int(n_pos.max())+n)
-    key, cols = cos.detach().masked_fill(~other, -4).masked_fill_(pos, 4).topk(k, 1)
-    rank = torch.arange(k, device=cos.device)-n_pos[:,None]
+    key = cos.detach().masked_fill(~other, -4).masked_fill_(pos, 4)
+    cols = _top(key, k)
+    key, rank = key.gather(1, cols), torch.arange(k, device=cos.device)-n_pos[:,None]
     return cols, key>2, (key<2)&(key>-2)&(rank<n)
 
 # %% ../../nbs/features/56_contrastive_losses.ipynb #988d2493
@@ -109,7 +125,7 @@ def camera_proxy_loss(
     proxies:Tensor, # Mean feature of each cluster under each of its cameras, `(M,D)`; normalised inside
     proxy_labels:Tensor, # Cluster of each proxy, int64 `(M,)`
     proxy_cams:Tensor, # Camera of each proxy, int64 `(M,)`
-    y:Tensor, # Cluster of each feature, int64 `(B,)`; -1: outlier, contributes nothing
+    y:Tensor, # Cluster of each feature, int64 `(B,)`; -1 or without a proxy: contributes nothing
     cams:Tensor, # Camera of each feature, int64 `(B,)`
     *,
     temperature:float=.07, # Divides a cosine
@@ -119,11 +135,12 @@ def camera_proxy_loss(
     sum_over_cameras:bool=True, # Sum of the means within the cameras of the batch; else their mean
 )->Tensor: # Scalar
     "Pull a feature to the proxies of its cluster in all cameras (thesis eq. 6.7)"
-    _aligned(f, y); _aligned(f, cams, 'cameras'); _aligned(proxies, proxy_labels)
-    ok = y>=0
-    if not (ok.any() and len(proxies)): return 0*f.float().sum()
+    _aligned(f, y); _aligned(f, cams, 'cameras'); _aligned(proxies, proxy_labels); _check_labels(y)
+    same = proxy_labels==y[:,None]
+    ok = (y>=0)&same.any(1)
+    if not ok.any(): return 0*f.float().sum()
     with torch.autocast(f.device.type, enabled=False):
-        cos, same = _cosine(_full(f), proxies), proxy_labels==y[:,None]
+        cos = _cosine(_full(f), proxies)
         pos = same if own_camera else same&(proxy_cams!=cams[:,None])
         cols, pos, neg = _positives_and_hardest(cos, pos, ~same, n_negatives)
         z = cos.gather(1, cols)/temperature
@@ -144,18 +161,19 @@ def hard_instance_loss(
     "Hardest positive of the batch against its negatives (thesis eq. 6.9)"
     if negatives not in ('all', 'hardest'):
         raise ValueError(f"negatives is 'all' or 'hardest', not {negatives!r}")
-    _aligned(f, y); _aligned(f, keys, 'keys')
+    _aligned(f, y); _aligned(f, keys, 'keys'); _check_labels(y)
     if not len(f): return 0*f.float().sum()
     with torch.autocast(f.device.type, enabled=False):
         z, same, ok = _cosine(_full(f), keys)/temperature, y[:,None]==y, y>=0
-        hardest = z.masked_fill(~same, -_low(z)).amin(1)
-        z = z.masked_fill(same|~ok, _low(z))
+        hardest, drop = z.masked_fill(~same, -_low(z)).amin(1), same|~ok
+        if _eager(y) and ok.any() and drop[ok].all(): _no_negatives()
+        z = z.masked_fill(drop, _low(z))
         return _mean(_nce(hardest, z.logsumexp(1) if negatives=='all' else z.amax(1)), ok)
 
 # %% ../../nbs/features/56_contrastive_losses.ipynb #ce2aa982
 def _rows_of(labels, y, generator):
     "Two random memory rows of each label, `(B,2)`, and the number of rows it has, `(B,)`"
-    order = labels.argsort(); ranked = labels[order]
+    order = labels.argsort(stable=True); ranked = labels[order]
     first = torch.searchsorted(ranked, y); n = torch.searchsorted(ranked, y, right=True)-first
     where = labels.device if generator is None else generator.device
     u = torch.rand(len(y), 2, generator=generator, device=where, dtype=torch.float64).to(labels.device)
@@ -190,7 +208,7 @@ def view_invariance_loss(
     temperature:float=.04, # Divides a cosine
     terms:tuple=(1, 1, 1), # Weights of L, L' and L''
     prime:str='memory', # Positive of L': the own `'memory'` row, or the `'online'` feature
-    n_negatives:int|None=None, # Negatives drawn for each image; None: all
+    n_negatives:int|None=8192, # Negatives drawn for each image, all where fewer exist; None: all
     positives:Tensor|None=None, # Memory rows of f_pos in L and L'', int64 `(B,2)`; None: drawn
     generator:torch.Generator|None=None, # Of the draws; None: the global one
 )->Tensor: # Scalar, weighted sum of the terms, mean over the labelled images
@@ -198,11 +216,13 @@ def view_invariance_loss(
     if prime not in ('memory', 'online'):
         raise ValueError(f"prime is 'memory' or 'online', not {prime!r}")
     _aligned(f, f_new, 'synthesised views'); _aligned(f, index, 'indices'); _aligned(memory, labels)
+    _check_labels(index, len(memory), 'memory row'); _check_labels(labels)
     y = labels[index]; ok = (y>=0)&(index>=0)
     if not ok.any(): return 0*(f.float().sum()+f_new.float().sum())
     with torch.autocast(f.device.type, enabled=False):
         a, b = F.normalize(_full(f), dim=1), F.normalize(_full(f_new), dim=1)
         drawn, n_same = _rows_of(labels, y, generator)
+        if _eager(y) and (n_same[ok]==len(labels)).all(): _no_negatives()
         u, v = (drawn if positives is None else positives).T
         def unit(row): return F.normalize(memory[row].detach().to(a.dtype), dim=1)
         pos = (a*unit(u)).sum(1), (b*(unit(index) if prime=='memory' else a)).sum(1), (b*unit(v)).sum(1)

@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .identity import mean_cross_entropy
-from .metric import pairwise_distance
-
-# %% ../../nbs/features/58_distillation_losses.ipynb #c3c70d55
-def _full(x): return x if x.dtype==torch.float64 else x.float()
+from .metric import _check_labels, _full, _no_negatives, pairwise_distance
 
 # %% ../../nbs/features/58_distillation_losses.ipynb #45fb33cf
 def cross_branch(
@@ -46,7 +43,9 @@ def hardest_pairs(
 )->tuple[Tensor,Tensor,Tensor]: # Positive, negative, int64, and whether there are both, bool; `(B,)`
     "Hardest positive and hardest negative of each image in the batch (Hermans et al. 2017, eq. 5)"
     if len(f)!=len(y): raise ValueError(f'{len(f)} features for {len(y)} labels')
+    _check_labels(y)
     d, same = pairwise_distance(f.detach(), f.detach()), y[:,None]==y
+    d.fill_diagonal_(0)
     d_n = d.masked_fill(same | (y<0), float('inf'))
     negative = d_n.argmin(1)
     return d.masked_fill(~same, -1).argmax(1), negative, (y>=0) & d_n.isfinite().any(1)
@@ -76,7 +75,9 @@ def soft_triplet(
     if len(f)!=len(teacher_f): raise ValueError(f'{len(f)} features, {len(teacher_f)} teacher features')
     if mine not in ('student', 'teacher'): raise ValueError(f"mine={mine!r} is not 'student' or 'teacher'")
     positive, negative, valid = hardest_pairs(f if mine=='student' else teacher_f, y)
-    if not valid.any(): return 0*_full(f).sum()
+    if not valid.any():
+        if (y>=0).any(): _no_negatives()
+        return 0*_full(f).sum()
     student = triplet_log_share(f, positive, negative)[valid]
     teacher = triplet_log_share(teacher_f.detach(), positive, negative)[valid].exp()
     terms = -teacher*student
@@ -107,7 +108,7 @@ def target_terms(
 # %% ../../nbs/features/58_distillation_losses.ipynb #ab760c15
 def target_loss(
     terms:dict[str,Tensor], # Sums over the branches, from `target_terms`
-    n:int=2, # Branches
+    n:int|None=None, # Branches that were summed; needed unless `scale` is given
     *,
     ce:float=.5, # Weight of the hard labels
     sce:float=.5, # Weight of the soft labels
@@ -117,6 +118,8 @@ def target_loss(
     "Weighted sum of hard labels, soft labels and soft triplets (thesis eq. 4.8)"
     weights = dict(ce=ce, sce=sce, stri=stri)
     if terms.keys()!=weights.keys(): raise ValueError(f'terms {sorted(terms)}, need {sorted(weights)}')
+    if n is None and scale is None:
+        raise ValueError('number of branches unknown: give n for their mean, or scale')
     return (1/n if scale is None else scale)*sum(weights[k]*terms[k] for k in weights)
 
 # %% ../../nbs/features/58_distillation_losses.ipynb #0f1d69e6

@@ -9,17 +9,16 @@ __all__ = ['singletons', 'hybrid_loss', 'intra_camera_loss']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .metric import _check_labels, _full
 
 # %% ../../nbs/features/57_hybrid_losses.ipynb #5cd1648c
-def _full(x): return x if x.dtype==torch.float64 else x.float()
-
-# %% ../../nbs/features/57_hybrid_losses.ipynb #d39e8075
 def singletons(
     labels:Tensor, # Cluster of each row, int64 `(N,)`; -1: outlier
 )->tuple[Tensor,Tensor]: # Class of each row, 0 to C-1, `(N,)`; rows of each class, `(C,)`; int64
     "Classes of a memory: the clusters, then each outlier by itself"
     outlier = labels<0
     if not len(labels): raise ValueError('no labels: the memory has no rows')
+    _check_labels(labels)
     classes = torch.where(outlier, labels.max()+outlier.cumsum(0), labels)
     return classes.unique(return_inverse=True, return_counts=True)[1:]
 
@@ -37,6 +36,7 @@ def hybrid_loss(
     "Softmax over the clusters of a memory and its outliers (Ge et al. 2020)"
     if len(labels)!=len(memory): raise ValueError(f'{len(labels)} labels for {len(memory)} memory rows')
     if len(index)!=len(f): raise ValueError(f'{len(index)} row numbers for {len(f)} features')
+    _check_labels(index, len(memory), 'memory row')
     valid = index>=0
     if not valid.any(): return 0*_full(f).sum()
     classes, counts = singletons(labels)
@@ -67,6 +67,7 @@ def intra_camera_loss(
     "Softmax over the proxies of the image's own camera (Wang et al. 2021)"
     if not len(f)==len(y)==len(cams):
         raise ValueError(f'{len(f)} features, {len(y)} labels, {len(cams)} cameras')
+    _check_labels(y)
     seen = cams[:,None]==proxy_cams
     own = seen & (y[:,None]==proxy_labels) & (y>=0)[:,None]
     if (own.sum(1)>1).any(): raise ValueError('a cluster has two proxies in one camera: rebuild them')

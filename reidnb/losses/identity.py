@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .metric import _full, _reduce, batch_hard_triplet, focal_bce
+from .metric import _check_labels, _full, _reduce, batch_hard_triplet, focal_bce
 from ..memory import ClassMapMemory
 from ..processes import gather
 
@@ -26,6 +26,7 @@ def cross_entropy(
     "Softmax cross-entropy that ignores outliers (ECN eq. 1; thesis eqs. 2.3, 3.1)"
     if y.shape!=logits.shape[:1]:
         raise ValueError(f'{len(logits)} rows of logits for labels {tuple(y.shape)}')
+    _check_labels(y, logits.shape[1])
     per = F.cross_entropy(_full(logits), y, ignore_index=-1, label_smoothing=smoothing, reduction='none')
     return _reduce(per, y>=0, reduction)
 
@@ -76,7 +77,7 @@ def mean_cross_entropy(
 # %% ../../nbs/features/54_identity_losses.ipynb #89428087
 def scr_loss(
     logits:list[Tensor], # Logits of every head, 13 in SCR, each `(B,K)`
-    features:list[Tensor], # Global vectors, 3 in SCR, each `(B,D)`
+    features:list[Tensor], # Global vectors, 3 in SCR, each `(B,D)`; empty: no triplet
     y:Tensor, # Class of each image, int64 `(B,)`; -1: ignored
     *,
     weight:float=2., # Weight $\lambda$ of the cross-entropy
@@ -85,9 +86,10 @@ def scr_loss(
     reduction:str='mean', # Over the batch: 'mean' or 'sum', the literal one
 )->Tensor: # Scalar
     "Total loss of SCR: all heads and the triplet of the global vectors (thesis eqs. 3.1-3.3)"
-    if not len(features): raise ValueError('no global vectors: give a list of at least one')
-    triplets = sum(batch_hard_triplet(f, y, margin, reduction=reduction) for f in features)/len(features)
-    return weight*mean_cross_entropy(logits, y, smoothing=smoothing, reduction=reduction)+triplets
+    ce = weight*mean_cross_entropy(logits, y, smoothing=smoothing, reduction=reduction)
+    if not len(features): return ce
+    triplets = sum(batch_hard_triplet(f, y, margin, reduction=reduction) for f in features)
+    return ce+triplets/len(features)
 
 # %% ../../nbs/features/54_identity_losses.ipynb #a39605c4
 def branch_cross_entropy(
@@ -149,6 +151,7 @@ class ArcFace(nn.Module):
 
     def logits(self, f, y):
         "Scaled cosines with the margin at the right person, `(B,K)`; a row of label -1 has no margin"
+        _check_labels(y, len(self.weight))
         c, i = self.cosine(f), y.clamp(min=0)[:,None]
         right = c.gather(1, i)
         moved = torch.where(y[:,None]>=0, arc_margin(right, self.m, self.easy_margin), right)
@@ -172,6 +175,7 @@ class CenterLoss(nn.Module):
         self.register_buffer('centres', torch.zeros(classes, dim))
 
     def forward(self, f, y):
+        _check_labels(y, len(self.centres))
         f = F.normalize(_full(f), dim=1) if self.unit else _full(f)
         per = (f-self.centres[y.clamp(min=0)]).square().sum(1)
         if self.training: self.update(f, y)
@@ -218,6 +222,7 @@ class ClassMemoryLoss(nn.Module):
 
     def forward(self, f, y):
         if y.shape!=f.shape[:1]: raise ValueError(f'{len(f)} features for labels {tuple(y.shape)}')
+        _check_labels(y, len(self.memory.seen))
         update, seen = self.training and self.auto_update, self.memory.seen
         rows, cols = (y>=0).nonzero()[:,0], (seen|(not self.mask_unseen)).nonzero()[:,0]
         z = self.cosine(f, copy=update and f.requires_grad)

@@ -8,6 +8,7 @@ __all__ = ['pairwise_distance', 'triplet', 'hard_triplet', 'batch_hard_triplet',
 # %% ../../nbs/features/52_metric_losses.ipynb #e925652e
 import torch
 import torch.nn.functional as F
+import warnings
 from torch import Tensor
 
 # %% ../../nbs/features/52_metric_losses.ipynb #a02ea555
@@ -20,6 +21,23 @@ def _reduce(loss, valid, reduction):
     loss = loss.masked_fill(~valid, 0)
     if reduction=='none': return loss
     return loss.sum() if reduction=='sum' else loss.sum()/valid.sum().clamp(min=1)
+
+# %% ../../nbs/features/52_metric_losses.ipynb #6f71901f
+def _eager(x): return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+def _check_labels(y, n=None, what='class'):
+    "Labels are -1 or 0..n-1; n None: any number from -1"
+    if not y.numel() or not _eager(y): return
+    low, high = torch.stack(y.aminmax()).tolist()
+    if n is None and low<-1: raise ValueError(f'label {low}: -1 is the only label below 0')
+    if n is not None and (low<-1 or high>=n):
+        bad = low if low<-1 else high
+        raise ValueError(f'{what} {bad} is outside 0..{n-1} (-1 skips an image)')
+
+def _no_negatives():
+    "A warning at the line that calls the loss"
+    warnings.warn('no negatives in the batch: the loss is 0; batches need images of two people '
+                  'or clusters', stacklevel=3)
 
 # %% ../../nbs/features/52_metric_losses.ipynb #2fd8c55c
 def pairwise_distance(
@@ -36,6 +54,8 @@ def pairwise_distance(
 # %% ../../nbs/features/52_metric_losses.ipynb #348fb244
 def _hinge(x, margin): return F.softplus(x) if margin is None else F.relu(x+margin)
 
+def _apart(a, b): return (_full(a)-_full(b)).square().sum(1).clamp(min=1e-12).sqrt()
+
 # %% ../../nbs/features/52_metric_losses.ipynb #4c06aaac
 def triplet(
     anchor:Tensor, # Features, `(B,D)`
@@ -47,10 +67,21 @@ def triplet(
     if not anchor.shape==positive.shape==negative.shape:
         raise ValueError(f'shapes differ: {[tuple(x.shape) for x in (anchor, positive, negative)]}')
     if not len(anchor): return _full(anchor).sum()
-    d = lambda x: (_full(anchor)-_full(x)).square().sum(1).clamp(min=1e-12).sqrt()
-    return _hinge(d(positive)-d(negative), margin).mean()
+    return _hinge(_apart(anchor, positive)-_apart(anchor, negative), margin).mean()
 
 # %% ../../nbs/features/52_metric_losses.ipynb #858811c1
+def _pairs(y, keys, exclude_self):
+    "Positive and negative pairs, bool `(Q,K)`; -1 is in none"
+    _check_labels(y)
+    if keys is not y: _check_labels(keys)
+    labelled, same = (y>=0)[:,None] & (keys>=0), y[:,None]==keys
+    pos, neg = same&labelled, ~same&labelled
+    if exclude_self: pos = pos & ~torch.eye(len(y), dtype=torch.bool, device=pos.device)
+    return pos, neg
+
+def _lonely(y, neg): return _eager(y) and not neg.any() and bool((y>=0).any())
+
+# %% ../../nbs/features/52_metric_losses.ipynb #84c916ec
 def hard_triplet(
     scores:Tensor, # Distances or logits of queries and keys, `(Q,K)`
     y:Tensor, # Person of each query, int64 `(Q,)`; -1: ignored
@@ -70,12 +101,10 @@ def hard_triplet(
         raise ValueError(f'exclude_self needs the queries as keys, got {tuple(scores.shape)}')
     if not scores.numel(): return _reduce(_full(scores).sum(1), y<y, reduction)
     s = -_full(scores) if similarity else _full(scores)
-    labelled, same = (y>=0)[:,None] & (keys>=0), y[:,None]==keys
-    pos, neg = same&labelled, ~same&labelled
-    if exclude_self: pos = pos & ~torch.eye(len(y), dtype=torch.bool, device=pos.device)
-    valid = pos.any(1) & neg.any(1)
+    pos, neg = _pairs(y, keys, exclude_self)
+    if _lonely(y, neg): _no_negatives()
     x = s.masked_fill(~pos, -torch.inf).amax(1) - s.masked_fill(~neg, torch.inf).amin(1)
-    return _reduce(_hinge(x, margin), valid, reduction)
+    return _reduce(_hinge(x, margin), pos.any(1)&neg.any(1), reduction)
 
 # %% ../../nbs/features/52_metric_losses.ipynb #48e27c0c
 def batch_hard_triplet(
@@ -88,9 +117,15 @@ def batch_hard_triplet(
 )->Tensor: # Scalar; `(B,)` for 'none'
     "Triplet loss with the hardest pairs of the batch (thesis eqs. 2.5, 3.2)"
     if len(f)!=len(y): raise ValueError(f'{len(f)} features for {len(y)} labels')
-    eye = torch.eye(len(f), dtype=torch.bool, device=f.device)
-    d = pairwise_distance(f, f).masked_fill(eye, 0)   # rounding would leave more than 0
-    return hard_triplet(d, y, margin, exclude_self=exclude_self, reduction=reduction)
+    if not len(f): return _reduce(_full(f).sum(1), y<y, reduction)
+    pos, neg = _pairs(y, y, exclude_self)
+    if _lonely(y, neg): _no_negatives()
+    d = pairwise_distance(f.detach(), f.detach())
+    d.fill_diagonal_(0)   # rounding would leave more than 0
+    far = d.masked_fill(~pos, -1).argmax(1)
+    near = d.masked_fill(~neg, torch.inf).argmin(1)
+    x = _apart(f, f[far])-_apart(f, f[near])
+    return _reduce(_hinge(x, margin), pos.any(1)&neg.any(1), reduction)
 
 # %% ../../nbs/features/52_metric_losses.ipynb #8e715edb
 def _positives(target, shape, device):
@@ -115,6 +150,7 @@ def focal_bce(
 )->Tensor: # Scalar; `(B,)` for 'none'
     "Focal binary cross-entropy, summed over classes (QAConv eqs. 1, 2)"
     if gamma<0: raise ValueError(f'gamma {gamma} is negative: easy pairs would weigh most')
+    if target.ndim==1: _check_labels(target, logits.shape[1])
     z, pos = _full(logits), _positives(target, logits.shape, logits.device)
     s = torch.where(pos, z, -z)
     log_p = F.logsigmoid(s)

@@ -8,7 +8,8 @@ __all__ = ['mmcl_targets', 'mmcl_loss']
 # %% ../../nbs/features/59_multilabel_losses.ipynb #88b6e539
 import torch
 from torch import Tensor
-from .contrastive import _full, _mean
+from .contrastive import _mean
+from .metric import _check_labels, _full
 
 # %% ../../nbs/features/59_multilabel_losses.ipynb #62ce531b
 def _mutual(memory, scale, i, j, k):
@@ -26,6 +27,7 @@ def mmcl_targets(
     chunk:int=64, # Candidates compared with the whole memory at a time
 )->Tensor: # Pairs (batch position, memory row), int64 `(2,P)`, nearest first, the own row always in
     "Labels of an image: similar memory rows while they rank each other (Wang and Zhang 2020)"
+    _check_labels(index, len(memory), 'memory row')
     memory, own = _full(memory), index.clamp(min=0)
     scale = 1/memory.norm(dim=1).clamp(min=1e-12)
     z = (memory[own]@memory.T).mul_(scale).mul_(scale[own,None]).scatter_(1, own[:,None], torch.inf)
@@ -47,7 +49,7 @@ def mmcl_loss(
     targets:Tensor, # Pairs (batch position, memory row) of `mmcl_targets`, int64 `(2,P)`
     *,
     delta:float=5., # Weight of the positives
-    ratio:float=.01, # Share of the negatives that counts, the hardest, at least one
+    ratio:float=.01, # Share of the negatives that counts, the hardest, rounded up to whole rows
 )->Tensor: # Scalar, mean over the images that have a label
     "Memory-based multi-label loss with hard negatives (Wang and Zhang 2020)"
     b, j = targets; s = _full(similarities)
