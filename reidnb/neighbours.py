@@ -33,7 +33,7 @@ def _unpack(key):
 def _finite(x, name):
     "A float32 matrix without NaN or infinity"
     x = torch.as_tensor(x)
-    if x.ndim!=2 or not len(x): raise ValueError(f'{name} has shape {tuple(x.shape)}: (N,D) with N at least 1')
+    if x.ndim!=2 or not len(x): raise ValueError(f'{name} has shape {tuple(x.shape)}: (N,D), N>=1')
     bad = (~x.isfinite()).any(1).nonzero()[:,0]
     if len(bad): raise ValueError(f'{name}: row {int(bad[0])} and {len(bad)-1} more are not finite')
     return x.float()
@@ -112,7 +112,7 @@ def knn(
 
 # %% ../nbs/labels/10_neighbours.ipynb #e0a74978
 def knn_given(
-    rows:Callable, # `rows(a,b)` -> distances of rows `a..b-1` to all, `(b-a,N)`, or a list of its columns' blocks
+    rows:Callable, # `rows(a,b)` -> distances of rows `a..b-1` to all, `(b-a,N)`, or their blocks in a list
     n:int, # Number of rows
     *,
     k:int=30, # Neighbours a row, at most `n`
@@ -131,7 +131,8 @@ def knn_given(
         if first!=n: raise ValueError(f'rows {a} to {a+len(d)-1} have {first} distances, not {n}')
     near = _sorted(*out, True)
     bad = (~(near.far+near.distance[:,0]).isfinite()).nonzero()[:,0]     # NaN is the largest for `amax`
-    if len(bad): raise ValueError(f'row {int(bad[0])} and {len(bad)-1} more have distances that are not finite')
+    if len(bad):
+        raise ValueError(f'row {int(bad[0])} and {len(bad)-1} more have distances that are not finite')
     return near
 
 # %% ../nbs/labels/10_neighbours.ipynb #307b106b
@@ -234,7 +235,8 @@ def _overlaps(V, use, stop=None, budget=2**26):
         m = np.minimum(W.data[at], np.repeat(V.data[part], size))
         m = np.bincount(np.repeat(row, size)+W.indices[at], m, (b-a)*n)
         return use(a, b, m.reshape(b-a, n))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool: yield from pool.map(block, cuts[:-1], cuts[1:])
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield from pool.map(block, cuts[:-1], cuts[1:])
 
 # %% ../nbs/labels/10_neighbours.ipynb #b7fc5950
 def overlap(
