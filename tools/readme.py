@@ -15,7 +15,7 @@ def readme() -> str:
     for cell in json.loads((ROOT / 'nbs' / 'index.ipynb').read_text())['cells']:
         source = ''.join(cell['source']).strip()
         if cell['cell_type'] == 'markdown':
-            out.append(re.sub(r'\]\((\w+/[\w/]+\.ipynb)\)', r'](nbs/\1)', source))
+            out.append(re.sub(r'\]\(((?:\w+/)*\w+\.ipynb)\)', r'](nbs/\1)', source))
         elif not source.startswith('#| hide'):
             out.append(f'```python\n{source}\n```')
             for o in cell.get('outputs', []):
