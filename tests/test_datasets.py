@@ -1,16 +1,19 @@
-"""Property and fault tests of reidnb.datasets on small trees in Market's layout."""
+"""Tests of reidnb.datasets: Market's layout in depth, and every dataset with a file missing, corrupt and misnamed."""
 import re
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_trees import FOLDERS, MAKERS, PIXELS, SPLITS, Broken, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reidnb.crops import toy_crops
-from reidnb.datasets import DATASETS, datasets_readme, find_spec, load, session_seconds
+from reidnb.datasets import DATASETS, datasets_readme, datasets_table, find_family, find_spec, load, session_seconds
+from reidnb.temporal import tracklets
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 JPEGS = toy_crops(n_ids=6, n_cams=2, n_each=1, height=16).images
@@ -133,7 +136,7 @@ def test_environment_and_default_place(tmp_path, monkeypatch):
 
 def test_strict_refuses_other_counts(tmp_path):
     write(tmp_path/'market', {k: ['0001_c1s1_000001_00.jpg'] for k in PARTS})
-    with pytest.raises(ValueError, match='12,936 of 751'): load('market', tmp_path, strict=True)
+    with pytest.raises(ValueError, match='12,936 images, 751 people'): load('market', tmp_path, strict=True)
     assert load('market-style', tmp_path/'market', strict=True).name == DATASETS['market-style'].title
 
 
@@ -154,3 +157,175 @@ def test_data_page_is_written_from_the_table():
     page = Path(__file__).parent.parent/'data'/'README.md'
     assert page.read_text() == datasets_readme(), \
         'write it again: python -c "from reidnb.datasets import *; print(datasets_readme(), end=\'\')" > data/README.md'
+
+
+# ------------------------------------------------------------------ every dataset
+
+def plant(root, files):
+    for name, data in files.items():
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        (root/name).write_bytes(data)
+    return root
+
+
+def read(name, root, split=None):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return load(name, root, split=split)
+
+
+def images(tree): return sorted(f for f in tree.files if f.lower().endswith(('.jpg', '.jpeg', '.png', '.bmp')))
+
+
+def facts(data):
+    "Part -> rows (person, camera, file)"
+    return {k: sorted((int(p), int(c), v.file_name(i)) for i, (p, c) in enumerate(zip(v.pids, v.cams)))
+            for k, v in data.subsets.items() if v is not None}
+
+
+def wanted(tree, files): return {k: sorted((p, c, f) for p, c, _, f, *_ in v) for k, v in tree.truth(files).items()}
+
+
+every = pytest.mark.parametrize('name', sorted(MAKERS))
+
+
+@every
+def test_whole(name, tmp_path):
+    "People, cameras from 0, files of every part; the difference to the published counts is said"
+    for seed in range(4):
+        split = 2*seed if name in SPLITS else None
+        tree = make(name, seed, split)
+        data = read(name, plant(tmp_path/str(seed)/FOLDERS[name][0], tree.files).parent, split)
+        assert facts(data) == wanted(tree, tree.files)
+        assert any('WARNING' in n for n in data.notes) or not (DATASETS[name].counts or DATASETS[name].tracklets)
+        assert data.licence == DATASETS[name].licence
+
+
+@every
+def test_one_missing(name, tmp_path):
+    "A missing image is counted, or the message names the place; the rest is right"
+    tree = make(name, 5)
+    for gone in images(tree)[::3]:
+        files = {k: v for k, v in tree.files.items() if k != gone}
+        root = plant(tmp_path/gone.replace('/', '_'), files)
+        try: want = wanted(tree, files)
+        except Broken:
+            with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(root))): read(name, root)
+            continue
+        data = read(name, root)
+        assert facts(data) == want
+        listed = name in ('msmt17-v1', 'msmt17-v2', 'unrealperson', 'mars')
+        if listed: assert data.dropped['listed but missing'] == 1 and any(gone.rpartition('/')[2] in n for n in data.notes)
+
+
+@every
+def test_one_corrupt(name, tmp_path):
+    "A file that is no image is read as a name, and found by validate and when it is opened"
+    tree = make(name, 6)
+    for bad in images(tree)[:3]:
+        root = plant(tmp_path/bad.replace('/', '_'), tree.files | {bad: b'this is no image'})
+        data, file = read(name, root), bad.rpartition('/')[2]
+        assert facts(data) == wanted(tree, tree.files)
+        at = [(k, i) for k, v in data.subsets.items() if v is not None for i, x in enumerate(v.images) if x == str(root/bad)]
+        for k, i in at:
+            with pytest.raises(ValueError, match=re.escape(file)): data.subsets[k].image(i)
+        assert not at or any(file in f.what for f in data.validate(read_images=True))
+
+
+@every
+def test_one_misnamed(name, tmp_path):
+    "A foreign name stops the loading and is named; where lists rule, it is left out, and what it was is missing"
+    tree = make(name, 7)
+    for old in images(tree)[:4]:
+        new = '/'.join((*old.split('/')[:-1], 'holiday.jpg'))
+        files = {k: v for k, v in tree.files.items() if k != old} | {new: PIXELS[0]}
+        root = plant(tmp_path/old.replace('/', '_'), files)
+        try: data = read(name, root)
+        except (ValueError, FileNotFoundError) as e: assert str(root) in str(e) and ('holiday' in str(e) or 'lists' in str(e)); continue
+        assert 'holiday.jpg' in ' '.join(data.notes) or name in ('unrealperson', 'ls-vid')
+        assert facts(data) == wanted(tree, files)
+
+
+@pytest.mark.parametrize('name', sorted(SPLITS))
+def test_splits(name, tmp_path):
+    "All splits are read, people of train and test differ, and a split that is not there is refused"
+    tree = make(name, 8)
+    root, seen = plant(tmp_path/'x', tree.files), set()
+    for split in range(SPLITS[name]):
+        data = read(name, root, split)
+        train, query = (set(c.pids[c.pids > 0].tolist()) for c in (data.train, data.query))
+        assert not train & query and f'split {split}' in data.name
+        seen.add(tuple(sorted(train)))
+    assert len(seen) > 1
+    for split in (-1, SPLITS[name]):
+        with pytest.raises(ValueError, match=f'splits 0 to {SPLITS[name]-1}'): load(name, root, split=split)
+
+
+@pytest.mark.parametrize('name', ['mars', 'dukemtmc-videoreid', 'ilids-vid', 'prid2011-video', 'ls-vid'])
+def test_walks(name, tmp_path):
+    "`tracklets` gives the walks of the truth, in order"
+    for seed in range(4):
+        tree = make(name, seed)
+        data = read(name, plant(tmp_path/str(seed), tree.files))
+        for part, rows in tree.truth(tree.files).items():
+            table = data.subsets[part]
+            walks = tracklets(table)
+            got = [[table.file_name(i) for i in walks[k]] for k in range(len(walks))]
+            want = {}
+            for p, c, t, f, k, w in sorted(rows, key=lambda x: x[4]): want.setdefault(w, []).append(f)
+            assert sorted(got) == sorted(want.values())
+
+
+def test_versions_of_msmt17_are_told_apart(tmp_path):
+    for k in (1, 2): plant(tmp_path/str(k)/'msmt17'/f'MSMT17_V{k}', make(f'msmt17-v{k}').files)
+    assert [load('msmt17', tmp_path/str(k)).name for k in (1, 2)] == ['MSMT17 V1', 'MSMT17 V2']
+    for k in (1, 2): plant(tmp_path/'both'/'msmt17'/f'MSMT17_V{k}', make(f'msmt17-v{k}').files)
+    with pytest.raises(ValueError, match='choose msmt17-v1 or msmt17-v2'): load('msmt17', tmp_path/'both')
+    assert load('MSMT17_V2', tmp_path/'both').name == 'MSMT17 V2'
+    plant(tmp_path/'copy'/'msmt17', make('msmt17-market').files)
+    assert load('msmt17', tmp_path/'copy').name == "MSMT17 in Market's layout"
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='mask_train_v2'): load('msmt17', tmp_path/'empty')
+
+
+def test_files_of_version_7_3(tmp_path):
+    "Cells, pictures, texts and empty cells of HDF5 come back as those of version 5"
+    pytest.importorskip('h5py')
+    from dataset_trees import cell, hdf5, mat
+    from reidnb.layouts import FolderTree, read_mat
+    inner = cell([np.zeros((0, 0)), np.arange(24, dtype=np.uint8).reshape(4, 2, 3)], (1, 2))
+    v = {'cells': cell([inner, inner]), 'names': cell(['1_001_1_01.png', 'b.png']), 'table': np.arange(6.).reshape(2, 3)}
+    plant(tmp_path, {'new.mat': hdf5(v), 'old.mat': mat(**v)})
+    new, old = (read_mat(FolderTree(tmp_path), f, *v) for f in ('new.mat', 'old.mat'))
+    assert (new['table'] == old['table']).all() and new['cells'].shape == old['cells'].shape == (2, 1)
+    for x in (new, old):
+        assert [str(np.ravel(n)[0]) if np.size(n) else '' for n in x['names'].ravel()] == ['1_001_1_01.png', 'b.png']
+        assert x['cells'][1, 0][0, 0].size == 0
+        assert (x['cells'][1, 0][0, 1] == inner[0, 1]).all()
+    whole = (tmp_path/'new.mat').read_bytes()
+    plant(tmp_path, {'half.mat': whole[:len(whole)//2]})
+    with pytest.raises(ValueError, match='half.mat'): read_mat(FolderTree(tmp_path), 'half.mat', 'table')
+
+
+def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+    from reidnb.layouts import FolderTree, read_mat
+    plant(tmp_path, {'new.mat': b'\x89HDF\r\n\x1a\n'+bytes(600)})
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    with pytest.raises(ImportError, match='new.mat is an HDF5 file: install h5py'): read_mat(FolderTree(tmp_path), 'new.mat', 'x')
+
+
+def test_withdrawn_data_warn(tmp_path):
+    for name in ('dukemtmc-reid', 'dukemtmc-videoreid'):
+        root = plant(tmp_path/name, make(name).files)
+        with pytest.warns(UserWarning, match='withdrawn'): assert 'withdrawn' in load(name, root).notes[0]
+
+
+def test_table_is_complete():
+    "Every entry says terms, consent, citation, source, clock and protocol; what is not verified is named"
+    for s in DATASETS.values():
+        assert all((s.licence, s.consent, s.citation, s.source, s.about, s.clock_text, s.protocol)), s.name
+        assert set(s.counts) <= set(s.parts) and len(find_family(s.name)) == 1
+        assert f"`{s.name}`" in datasets_table() and s.title in datasets_readme()
+        if not s.counts and s.name != 'market-style': assert s.doubts, s.name
+    assert set(MAKERS) == set(DATASETS)
