@@ -9,7 +9,7 @@ __all__ = ['rerank', 'rerank_distances', 'rerank_all', 'rerank_top']
 import torch
 from torch import Tensor
 import numpy as np
-from .neighbours import Neighbours, _distance, _finite, _pairs, encode, knn, knn_given, overlap
+from .neighbours import _distance, _finite, _pairs, encode, knn, knn_given, overlap
 
 # %% ../nbs/ranking/20_reranking.ipynb #21579934
 def _final(V, rows, Q, lambda_, out, columns, budget):
