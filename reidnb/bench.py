@@ -9,7 +9,7 @@ __all__ = ['JOBS', 'simulate', 'Job', 'Side', 'bench', 'table', 'growth']
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
 import time
