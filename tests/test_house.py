@@ -122,6 +122,14 @@ def test_readme_comes_from_the_index():
     assert r.returncode == 0, r.stderr
 
 
+def test_equations_page_is_current():
+    "The saved table of nbs/equations.ipynb is what tools/equations.py makes of the notebooks now"
+    r = subprocess.run([sys.executable, 'tools/equations.py'], cwd=ROOT, capture_output=True, text=True, check=True)
+    outputs = [o for c in json.loads((ROOT / 'nbs' / 'equations.ipynb').read_text())['cells'] for o in c.get('outputs', [])]
+    saved = [''.join(o['data']['text/markdown']) for o in outputs if 'text/markdown' in o.get('data', {})]
+    assert saved == [r.stdout.rstrip('\n')], 'run nbs/equations.ipynb again and save it'
+
+
 def test_links_between_notebooks_lead_somewhere():
     "Relative links in markdown cells point at files that exist"
     broken = []
