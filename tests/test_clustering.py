@@ -1,7 +1,5 @@
 """Clustering against scikit-learn and sorting on dense matrices; the policy; eq. 9 of IICS; speed and memory."""
-import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn.cluster import DBSCAN, AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
+from measure import peak
+from reidnb.bench import _matmul_all, simulate
 from reidnb.clustering import (Clusters, agglomerative, cluster, cluster_stats, dbscan, eps_from_rho,
                                inter_camera_distance, k_distances, kmeans, mu_schedule, per_camera, reliable,
                                score_overlap, suggest_eps)
@@ -282,39 +282,11 @@ def test_overlap_on_a_gpu():
 
 # --- benchmark
 
-def simulate(n, ids=750, cams=6, d=2048, seed=0, within=.8, camera=.35):
-    "Unit features clustered like a trained model's"
-    g = torch.Generator().manual_seed(seed)
-    y, c, low = torch.randint(ids, (n,), generator=g), torch.randint(cams, (n,), generator=g), 64
-    rand = lambda *size: torch.randn(*size, generator=g)/size[-1]**.5
-    x = (rand(ids, low)[y] + camera*rand(cams, low)[c] + within*rand(n, low))@rand(low, d)
-    return F.normalize(x.add_(rand(n, d), alpha=.1), dim=1), y.numpy() + 1, c.numpy()
-
-
-def peak(f):
-    "Result, seconds, and memory needed beyond what was held, MB (NaN where Linux does not say)"
-    status = lambda key: next(int(s.split()[1])/1e3 for s in Path('/proc/self/status').read_text().splitlines()
-                              if s.startswith(key))
-    try:
-        Path('/proc/self/clear_refs').write_text('5')
-        held = status('VmRSS')
-    except OSError: held = None
-    t = time.perf_counter()
-    out = f()
-    t = time.perf_counter() - t
-    return out, t, np.nan if held is None else status('VmHWM') - held
-
-
-def matmul(x, step=1024):
-    "The bare product of all pairs, block by block, nothing kept"
-    for a in range(0, len(x), step): (x[a:a + step]@x.T).amax()
-
-
 def bench_labels(n=12936, rho=2e-3, min_similarity=0.):
     "Rows (job, seconds ours, seconds of the bare matmul, ratio, peak MB ours, peak MB of it)"
     x, y, c = simulate(n)
-    matmul(x[:512])
-    _, base, base_mb = peak(lambda: matmul(x))
+    _matmul_all(x[:512])
+    _, base, base_mb = peak(lambda: _matmul_all(x))
     near, t0, m0 = peak(lambda: knn(x, k=31))
     S, t1, m1 = peak(lambda: jaccard(x, near=near, min_similarity=min_similarity))
     eps, t2, m2 = peak(lambda: eps_from_rho(S, rho))

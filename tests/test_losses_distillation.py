@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from measure import value_and_gradient
 from reidnb.losses.distillation import (consistency_loss, cross_branch, hardest_pairs, soft_cross_entropy, soft_triplet,
                                         target_loss, target_terms, triplet_log_share)
 from reidnb.losses.metric import batch_hard_triplet
@@ -61,15 +62,6 @@ def slow_consistency(f, keys, plain, index, kind, tau):
             total += {'kl_qp': math.exp(z)*(z-x), 'kl_pq': math.exp(x)*(x-z),
                       'mse': (math.exp(x)-math.exp(z))**2}[kind]
     return total if kind == 'mse' else total/len(f)
-
-
-def value_and_gradient(loss, f):
-    "Loss and gradient with respect to the features, both finite"
-    x = f.clone().requires_grad_()
-    v = loss(x)
-    v.backward()
-    assert v.shape == () and v.isfinite() and x.grad.isfinite().all()
-    return v.item(), x.grad
 
 
 def near(a, b, tol=1e-4): assert abs(a-b) <= tol*max(1, abs(b)), (a, b)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from measure import value_and_gradient
 from reidnb.losses.hybrid import hybrid_loss, intra_camera_loss, singletons
 
 torch.set_num_threads(1)
@@ -43,15 +44,6 @@ def slow_intra(f, proxies, pl, pc, y, cams, tau, sum_over_cameras=True):
         if terms: groups.append(terms)
     if sum_over_cameras: return sum(sum(t)/len(t) for t in groups)
     return sum(map(sum, groups))/sum(map(len, groups)) if groups else 0.
-
-
-def value_and_gradient(loss, f):
-    "Loss and gradient with respect to the features, both finite"
-    x = f.clone().requires_grad_()
-    v = loss(x)
-    v.backward()
-    assert v.shape == () and v.isfinite() and x.grad.isfinite().all()
-    return v.item(), x.grad
 
 
 def near(a, b, tol=1e-4): assert abs(a-b) <= tol*max(1, abs(b)), (a, b)

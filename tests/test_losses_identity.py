@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from measure import value_and_gradient
 from reidnb.losses import identity as I
 
 torch.set_num_threads(1)
@@ -23,14 +24,6 @@ def long(y): return torch.tensor(y, dtype=torch.long)
 
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def gradient(loss, x):
-    x = x.detach().clone().requires_grad_()
-    value = loss(x)
-    value.backward()
-    assert value.isfinite() and x.grad.isfinite().all()
-    return value.item(), x.grad
 
 
 def slow_ce(z, y, e=0.):
@@ -51,12 +44,12 @@ def mean(terms): return sum(terms)/max(len(terms), 1)
 @given(labels, st.sampled_from([0., .1, 1.]), st.sampled_from([1., 90.]), seeds)
 def test_cross_entropy_equals_loop(y, smoothing, scale, seed):
     z = scale*normal(len(y), 4, seed=seed)
-    value, grad = gradient(lambda x: I.cross_entropy(x, long(y), smoothing=smoothing), z)
+    value, grad = value_and_gradient(lambda x: I.cross_entropy(x, long(y), smoothing=smoothing), z)
     assert value == pytest.approx(mean(slow_ce(z, y, smoothing)), rel=1e-9, abs=1e-9)
     assert not grad[long(y) < 0].any()
     if y and min(y) >= 0:
         assert value == pytest.approx(F.cross_entropy(z, long(y), label_smoothing=smoothing).item(), rel=1e-9)
-    single, _ = gradient(lambda x: I.cross_entropy(x, long(y), smoothing=smoothing), z.float())
+    single, _ = value_and_gradient(lambda x: I.cross_entropy(x, long(y), smoothing=smoothing), z.float())
     assert single == pytest.approx(value, rel=1e-4, abs=1e-4)
 
 
@@ -65,7 +58,7 @@ def test_cross_entropy_equals_loop(y, smoothing, scale, seed):
 def test_cameras_split_or_mixed(rows, reduction, seed):
     cams, y = long([c for c, _ in rows]), long([t for _, t in rows])
     zs = [normal(len(rows), 4+c, seed=seed+c) for c in range(3)]
-    mixed, _ = gradient(lambda x: I.camera_cross_entropy([x, *zs[1:]], y, cams, reduction=reduction), zs[0])
+    mixed, _ = value_and_gradient(lambda x: I.camera_cross_entropy([x, *zs[1:]], y, cams, reduction=reduction), zs[0])
     parts = [slow_ce(z[cams == c], y[cams == c].tolist()) for c, z in enumerate(zs)]
     assert mixed == pytest.approx(sum(map(sum if reduction == 'sum' else mean, parts)), abs=1e-9)
     split = I.camera_cross_entropy([z[cams == c] for c, z in enumerate(zs)],
@@ -96,7 +89,7 @@ def slow_triplet(f, y, margin):
 def test_totals_equal_loops(y, heads, vectors, seed):
     zs, fs, t = normal(heads, len(y), 4, seed=seed), normal(vectors, len(y), 3, seed=seed+1), long(y)
     ces, each = [slow_ce(z, y) for z in zs], [slow_ce(z, y, .1) for z in zs]
-    total, _ = gradient(lambda z: I.scr_loss(list(z), list(fs), t), zs)
+    total, _ = value_and_gradient(lambda z: I.scr_loss(list(z), list(fs), t), zs)
     hard, soft = [slow_triplet(f, y, 1.2) for f in fs], [slow_triplet(f, y, None) for f in fs]
     close = lambda a, b: float(a) == pytest.approx(b, abs=1e-5)
     assert close(total, 2*sum(map(mean, ces))/heads+sum(map(mean, hard))/vectors)
@@ -121,7 +114,7 @@ def test_arcface_equals_angles(y, m, easy, seed):
         else: right = math.cos(t+m) if t+m <= math.pi else cos[y[i]]-m*math.sin(m)
         z = [8*(right if j == y[i] else c) for j, c in enumerate(cos)]
         terms.append(math.log(sum(map(math.exp, z)))-z[y[i]])
-    value, grad = gradient(lambda x: arc(x, long(y)), f)
+    value, grad = value_and_gradient(lambda x: arc(x, long(y)), f)
     assert value == pytest.approx(mean(terms), abs=1e-6)
     assert not grad[long(y) < 0].any()
     assert arc(5*f, long(y)).item() == pytest.approx(value, abs=1e-6)
@@ -137,7 +130,7 @@ def test_arc_margin_falls_with_the_angle(a, b, m):
 
 def test_arc_margin_is_smooth_at_the_ends():
     for easy in (False, True):
-        _, grad = gradient(lambda c: I.arc_margin(c, .5, easy).sum(), torch.tensor([-1., 1, 0]))
+        _, grad = value_and_gradient(lambda c: I.arc_margin(c, .5, easy).sum(), torch.tensor([-1., 1, 0]))
         assert grad.abs().max() < 1e6
     arc, f = I.ArcFace(3, 4), torch.eye(3)
     assert torch.equal(arc.logits(f, long([-1, 0, -1]))[::2], 30*arc.cosine(f)[::2])   # no margin without a label
@@ -147,7 +140,7 @@ def test_arc_margin_is_smooth_at_the_ends():
 @pytest.mark.parametrize('sign', [1, -1])
 def test_arcface_on_the_axis(dtype, sign):
     arc = I.ArcFace(16, 5, s=64.).to(dtype)
-    value, grad = gradient(lambda x: arc(x, torch.arange(5)), sign*arc.weight)
+    value, grad = value_and_gradient(lambda x: arc(x, torch.arange(5)), sign*arc.weight)
     assert grad.abs().max() < 1e4 and arc.weight.grad.isfinite().all()
 
 
@@ -167,7 +160,7 @@ def test_center_loss_equals_loop(batches, rate, unit, seed):
     loss, c = I.CenterLoss(3, 4, weight=.5, rate=rate, unit=unit).double(), torch.zeros(4, 3, dtype=torch.float64)
     for b, y in enumerate(batches):
         f = normal(len(y), 3, seed=seed+b)
-        value, grad = gradient(lambda x: loss(x, long(y)), f)
+        value, grad = value_and_gradient(lambda x: loss(x, long(y)), f)
         if unit: f = F.normalize(f, dim=1)
         terms = [((f[i]-c[t])**2).sum().item() for i, t in enumerate(y) if t >= 0]
         assert value == pytest.approx(.5/2*mean(terms), abs=1e-9)
@@ -189,7 +182,7 @@ def test_class_memory_equals_loop(batches, mask, gamma, seed):
     for b, y in enumerate(batches):
         f = normal(len(y), 3, seed=seed+b, dtype=torch.float32)
         running = loss.bn.running_mean.item(), loss.bn.running_var.item()
-        value, _ = gradient(lambda x: loss(x, long(y)), f)
+        value, _ = value_and_gradient(lambda x: loss(x, long(y)), f)
         rows, cols = [i for i, t in enumerate(y) if t >= 0], [j for j in range(4) if not mask or j in memory]
         cos = {(i, j): F.cosine_similarity(f[i], memory[j], dim=0).item() if j in memory else 0.
                for i in rows for j in cols}

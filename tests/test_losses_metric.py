@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from measure import value_and_gradient
 from reidnb.losses import metric as M
 
 torch.set_num_threads(1)
@@ -47,14 +48,6 @@ def mean(terms):
     return sum(terms)/len(terms) if terms else 0.
 
 
-def gradient(loss, x):
-    x = x.detach().clone().requires_grad_()
-    value = loss(x)
-    value.backward()
-    assert value.isfinite() and x.grad.isfinite().all()
-    return value.item(), x.grad
-
-
 def distances(f): return [[math.dist(a, b) for b in f.tolist()] for a in f.tolist()]
 
 
@@ -62,7 +55,7 @@ def distances(f): return [[math.dist(a, b) for b in f.tolist()] for a in f.tolis
 @given(labels, margins, st.booleans(), st.booleans(), seeds)
 def test_batch_hard_equals_loop(y, margin, exclude, duplicates, seed):
     f = features(len(y), seed, duplicates)
-    value, _ = gradient(lambda x: M.batch_hard_triplet(x, long(y), margin, exclude_self=exclude), f)
+    value, _ = value_and_gradient(lambda x: M.batch_hard_triplet(x, long(y), margin, exclude_self=exclude), f)
     terms = slow(distances(f), y, y, margin, exclude)
     assert value == pytest.approx(mean(terms), abs=1e-5)
     each = M.batch_hard_triplet(f, long(y), margin, exclude_self=exclude, reduction='none')
@@ -75,7 +68,7 @@ def test_batch_hard_equals_loop(y, margin, exclude, duplicates, seed):
 @given(labels, labels, margins, st.booleans(), st.sampled_from([1., 90.]), seeds)
 def test_hard_triplet_on_rectangles(y, keys, margin, similarity, scale, seed):
     z = scale*features(len(y), seed, dim=max(len(keys), 1))[:, :len(keys)]
-    value, _ = gradient(lambda x: M.hard_triplet(x, long(y), margin, key_y=long(keys), similarity=similarity), z)
+    value, _ = value_and_gradient(lambda x: M.hard_triplet(x, long(y), margin, key_y=long(keys), similarity=similarity), z)
     s = (-z if similarity else z).tolist()
     assert value == pytest.approx(mean(slow(s, y, keys, margin, False)), rel=1e-9, abs=1e-7)
 
@@ -84,7 +77,7 @@ def test_hard_triplet_on_rectangles(y, keys, margin, similarity, scale, seed):
 @given(labels, margins, seeds)
 def test_logits_never_use_the_diagonal(y, margin, seed):
     z = features(len(y), seed, dim=max(len(y), 1))[:, :len(y)]
-    value, g = gradient(lambda x: M.hard_triplet(x, long(y), margin, similarity=True), z)
+    value, g = value_and_gradient(lambda x: M.hard_triplet(x, long(y), margin, similarity=True), z)
     assert value == pytest.approx(mean(slow((-z).tolist(), y, y, margin, True)), abs=1e-7)
     assert not g.diagonal().any()
     changed = z+torch.diag(torch.randn(len(y), dtype=z.dtype)*100)
@@ -132,9 +125,9 @@ def test_an_image_alone_is_at_distance_zero_of_itself():
 
 def test_triplet_of_equal_points_and_none():
     x = torch.ones(3, 2)
-    value, _ = gradient(lambda a: M.triplet(a, x, x, .3), x)
+    value, _ = value_and_gradient(lambda a: M.triplet(a, x, x, .3), x)
     assert value == pytest.approx(.3)
-    assert gradient(lambda a: M.triplet(a, a, a), x[:0])[0] == 0
+    assert value_and_gradient(lambda a: M.triplet(a, a, a), x[:0])[0] == 0
 
 
 def slow_focal(z, y, gamma, valid):
@@ -155,7 +148,7 @@ def test_focal_equals_loop(y, gamma, mask, seed):
     z = 3*torch.randn(len(y), 5, generator=g, dtype=torch.float64)
     valid = [None, torch.rand(5, generator=g) < .6, torch.rand(len(y), 5, generator=g) < .6][mask]
     table = (torch.ones(len(y), 5) if valid is None else valid.expand(len(y), 5)).tolist()
-    value, grad = gradient(lambda x: M.focal_bce(x, long(y), gamma, valid), z)
+    value, grad = value_and_gradient(lambda x: M.focal_bce(x, long(y), gamma, valid), z)
     assert value == pytest.approx(slow_focal(z, y, gamma, table), abs=1e-9)
     if valid is not None: assert not grad[~valid.expand(len(y), 5)].any()
     assert not grad[long(y) < 0].any()
@@ -169,8 +162,8 @@ def test_focal_equals_loop(y, gamma, mask, seed):
 @given(st.floats(0, 6), st.lists(st.floats(-90, 90), min_size=1, max_size=6), seeds)
 def test_focal_is_stable_in_single_precision(gamma, z, seed):
     y = torch.randint(len(z), (1,), generator=torch.Generator().manual_seed(seed))
-    single, g32 = gradient(lambda x: M.focal_bce(x, y, gamma), torch.tensor([z]))
-    double, g64 = gradient(lambda x: M.focal_bce(x, y, gamma), torch.tensor([z]).double())
+    single, g32 = value_and_gradient(lambda x: M.focal_bce(x, y, gamma), torch.tensor([z]))
+    double, g64 = value_and_gradient(lambda x: M.focal_bce(x, y, gamma), torch.tensor([z]).double())
     assert single == pytest.approx(double, rel=1e-4, abs=1e-5)
     torch.testing.assert_close(g32.double(), g64, rtol=1e-3, atol=3e-4)
 
@@ -209,8 +202,8 @@ def test_close_pairs_have_the_gradient_of_float64(norm, spacing, dim, margin):
     at, step = torch.nn.functional.normalize(torch.randn(2, dim, generator=g, dtype=torch.float64), dim=1)
     where = torch.tensor([0., 1., 3., 4.5, 7., 8., 12.], dtype=torch.float64)   # no two distances tie
     f, y = (norm*at+spacing*where[:, None]*step).float(), long([0, 0, 0, 1, 1, 2, 2])
-    v32, g32 = gradient(lambda x: M.batch_hard_triplet(x, y, margin), f)
-    v64, g64 = gradient(lambda x: M.batch_hard_triplet(x, y, margin), f.double())
+    v32, g32 = value_and_gradient(lambda x: M.batch_hard_triplet(x, y, margin), f)
+    v64, g64 = value_and_gradient(lambda x: M.batch_hard_triplet(x, y, margin), f.double())
     assert v32 == pytest.approx(v64, rel=1e-5, abs=1e-5)
     assert (g32-g64).abs().max() < 1e-4*g64.abs().max()
 

@@ -1,13 +1,12 @@
 """TLift against a literal loop: ties, times, cameras, what is missing; its speed and memory."""
-import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from measure import peak
 from reidnb.tlift import (TLIFT_APPENDIX, TLIFT_MAIN, explain_lift, nearby, temporal_probability, tfusion, tlift,
                           transfer_times, unit_scores)
 
@@ -245,20 +244,6 @@ def simulate(Q, G, cams=8, ids=702, seed=0):
         return f, cam, np.round((start[pid] + offset[pid, cam] + r.uniform(0, 10, n))*60)/60
     (q, *qs), (g, *gs) = part(Q), part(G)
     return 1/(1 + np.exp(3 - 10*(q @ g.T))), *qs, *gs
-
-
-def peak(f):
-    "Seconds of a call and the memory it needed beyond what was held, MB (NaN where Linux does not say)"
-    status = lambda key: next(int(s.split()[1])/1e3 for s in Path('/proc/self/status').read_text().splitlines()
-                              if s.startswith(key))
-    try:
-        Path('/proc/self/clear_refs').write_text('5')
-        held = status('VmRSS')
-    except OSError: held = None
-    t = time.perf_counter()
-    out = f()
-    t = time.perf_counter() - t
-    return out, t, np.nan if held is None else status('VmHWM') - held
 
 
 def bench(Q=2228, G=17661, cams=8, repeats=3):
