@@ -78,12 +78,14 @@ class Batch:
 # %% ../nbs/training/09_contract.ipynb #c311cc00
 class Method(nn.Module):
     "What the loop and the evaluation call; a chapter fills it in"
+    training_only:tuple[str, ...] = () # Beginnings of state names that a model file leaves out
+    feature_dtype:torch.dtype = torch.float32 # How features are kept between `embed` and `distance`
     def __init__(self,
         settings:Settings, # Settings of the method
         crops:Crops=None, # Training crops; None builds the method for use only
     ):
         super().__init__()
-        self.settings, self.crops = settings, crops
+        self.settings, self.crops, self.facts = settings, crops, {}
     def epoch(self, n)->Iterable[Batch]: raise NotImplementedError('batches of epoch n')
     def loss(self, batch)->dict: raise NotImplementedError('named loss terms of a batch')
     def after_step(self, batch): "Memory updates, teachers"
@@ -107,10 +109,12 @@ def optimizer(self:Method,
 @patch
 def loader(self:Method,
     sampler, # Plans batches over all processes, see `reidnb.samplers`
-    transform, # From PIL image to tensor
+    transform=None, # From PIL image to what a batch stacks; not used with `dataset`
+    dataset=None, # Items (image, row) with `set_epoch`; None: a `CropDataset` of the training crops
 )->DataLoader: # Yields (images, rows)
-    "A loader over the training crops; augmentation depends on (seed, epoch, row) alone, not on `workers`"
-    data, workers = CropDataset(self.crops, transform, seed=self.settings.seed), self.settings.workers
+    "A loader over the training crops; augmentation depends on (seed, epoch, row, visit), not on `workers`"
+    data, workers = dataset, self.settings.workers
+    if data is None: data = CropDataset(self.crops, transform, seed=self.settings.seed)
     return DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers>0,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
@@ -136,7 +140,7 @@ def score(
     "Embed query and gallery, rank, and score"
     (q, g), s = data.need('query', 'gallery'), method.settings
     embed = lambda crops: extract(method, crops, height=s.height, width=s.width, batch_size=batch_size,
-                                  workers=s.workers, progress=progress)
+                                  workers=s.workers, progress=progress, dtype=method.feature_dtype)
     kwargs = {'cross_camera': data.cross_camera, **kwargs}
     return evaluate_features(embed(q), embed(g), q.pids, g.pids, q.cams, g.cams,
                              distance=method.distance, **kwargs)
@@ -150,7 +154,8 @@ def save_model(
     name = lambda x: f'{type(x).__module__}:{type(x).__qualname__}'
     meta = {'method': name(method), 'settings_class': name(method.settings),
             'settings': json.dumps(asdict(method.settings))}
-    state = {k: v.detach().cpu().contiguous().clone() for k,v in method.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous().clone() for k,v in method.state_dict().items()
+             if not k.startswith(method.training_only)}
     return write_atomic(path, safetensors.torch.save(state, metadata=meta))
 
 # %% ../nbs/training/09_contract.ipynb #f424d82c

@@ -31,6 +31,16 @@ RECIPES = { # Name -> module, class of the method, class of its settings, what d
     'baseline-small': ('reidnb.methods.baseline', 'Baseline', 'BaselineSettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=20, warmup=2, decay='cosine',
         lr=1e-3, pad=5, p=8, k=4)),
+    'qaconv': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', {}),
+    'qaconv-small': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', dict(
+        backbone='small', weights='small', height=128, width=64, epochs=20, decay='cosine')),
+    'scr': ('reidnb.methods.scr', 'SCR', 'SCRSettings', {}),
+    'scr-small': ('reidnb.methods.scr', 'SCR', 'SCRSettings', dict(
+        backbone='small', weights='small', height=128, width=64, epochs=20, decay='cosine')),
+    'ice': ('reidnb.methods.ice', 'ICE', 'ICESettings', {}),
+    'ice-small': ('reidnb.methods.ice', 'ICE', 'ICESettings', dict(
+        backbone='small', weights='small', height=128, width=64, epochs=10, iterations=40, warmup=0,
+        alpha=.99)),
 }
 
 # %% ../nbs/practice/35_experiments.ipynb #cc98e533

@@ -54,7 +54,8 @@ def extract(
     flip:bool=False, # Add the mirror image (eq. 1)
     progress:bool=False, # Show a progress bar
     transform=None, # PIL image -> tensor; None: `test_transform(height, width)`
-)->Tensor: # Features in the order of the table, float32 on the CPU, `(N,D)`
+    dtype:torch.dtype=torch.float32, # How the features are kept
+)->Tensor: # Features in the order of the table, on the CPU, `(N,D)`
     "Features of a table of crops"
     if not len(crops): raise ValueError(f"{crops.name!r} has no crops to extract features of")
     if device is not None and isinstance(encoder, nn.Module): encoder.to(device)
@@ -68,5 +69,5 @@ def extract(
             f = encoder.embed(images).float()
             if flip: f = F.normalize(f+encoder.embed(images.flip(3)).float(), dim=1)
             _check_finite(f, rows, crops)
-            out.append(f.cpu())
+            out.append(f.to(dtype).cpu())
     return torch.cat(out)

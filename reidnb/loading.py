@@ -176,10 +176,10 @@ class BatchAugment(nn.Module):
         for k,v in dict(value=erase_value, mean=mean or 0., std=std).items():
             self.register_buffer(k, column(v), persistent=False)
 
-    def forward(self, images, rows, epoch=0):
+    def forward(self, images, rows, epoch=0, visits=0):
         if images.dtype!=torch.uint8: raise ValueError(f"images of {images.dtype}: give uint8 pixels")
         H, W = images.shape[-2:]
-        d = _draws(self, rows.to(images.device), epoch, H, W)
+        d = _draws(self, (rows+(torch.as_tensor(visits)<<40)).to(images.device), epoch, H, W)
         many = images.is_cuda
         x = (_shift_many if many else _shift_each)(images, d, self.pad).float().mul_(1/255)
         if self.normalise: x.sub_(self.mean.to(x)).div_(self.std.to(x))
@@ -248,6 +248,10 @@ def pixel_transform(
     return T.Compose([T.Resize((height, width), T.InterpolationMode.BICUBIC), T.PILToTensor()])
 
 # %% ../nbs/data/55_loading.ipynb #7c2b74f9
+def _visits(batch): # How often each row of a batch came before in the epoch, int64 `(B,)`
+    return torch.tensor([getattr(i, 'visit', 0) for i in batch])
+
+# %% ../nbs/data/55_loading.ipynb #2d8133cb
 class AugmentedLoader:
     "A loader of pixels whose batches are augmented on a device"
     def __init__(self,
@@ -264,9 +268,9 @@ class AugmentedLoader:
     def __len__(self): return len(self.loader)
     def __iter__(self):
         epoch = int(self.dataset._epoch)
-        for images,rows in self.loader:
+        for (images, rows),batch in zip(self.loader, self.batch_sampler):
             if self.device is not None: images = images.to(self.device, non_blocking=True)
-            yield self.augment(images, rows, epoch), rows
+            yield self.augment(images, rows, epoch, _visits(batch)), rows
 
 # %% ../nbs/data/55_loading.ipynb #a076b505
 class ResidentLoader:
@@ -294,8 +298,8 @@ class ResidentLoader:
     def __iter__(self):
         epoch = int(self.dataset._epoch)
         for rows in self.batch_sampler:
-            rows = torch.as_tensor(rows)
-            yield self.augment(self.pixels[rows.to(self.pixels.device)], rows, epoch), rows
+            visits, rows = _visits(rows), torch.as_tensor(rows)
+            yield self.augment(self.pixels[rows.to(self.pixels.device)], rows, epoch, visits), rows
 
 # %% ../nbs/data/55_loading.ipynb #1c7fe35a
 class DraftCrops(Crops):
@@ -319,7 +323,8 @@ class DraftCrops(Crops):
 
     def scale(self, i): # 1: the same pixels; 2, 4, 8: decoded at that fraction of the size
         if isinstance(self.images[i], np.ndarray): return 1
-        with self._open(i) as im: return round(im.width/self.read_size(i)[0])
+        with self._open(i) as im: (w, h), read = im.size, self.read_size(i)
+        return next(s for s in (1, 2, 4, 8) if (-(-w//s), -(-h//s))==read)
 
     def image(self, i):
         if isinstance(self.images[i], np.ndarray): return super().image(i)

@@ -360,6 +360,12 @@ class Matches:
         x = self.similarity if self.contribution is None else self.contribution
         return x.argsort(descending=True, stable=True)
 
+    def table(self, n=12):
+        "The first `n` in that order, one a line"
+        line = 'row {:2} column {:2}  to  row {:2} column {:2}   similarity {:.2f}'
+        return '\n'.join(line.format(*self.query[i].tolist(), *self.gallery[i].tolist(), self.similarity[i])
+                         for i in self.order()[:n].tolist())
+
 # %% ../nbs/ranking/40_matching.ipynb #ba5aed20
 @torch.no_grad()
 def correspondences(

@@ -59,7 +59,7 @@ def measure(
     def embed(crops, stage):
         start = clock()
         f = extract(method, crops, height=s.height, width=s.width, batch_size=batch_size,
-                    workers=workers, progress=progress)
+                    workers=workers, progress=progress, dtype=getattr(method, 'feature_dtype', torch.float32))
         seconds[stage] = clock()-start
         return torch.as_tensor(f)
     q, g = embed(query, 'embed queries'), embed(gallery, 'embed gallery')

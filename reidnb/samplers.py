@@ -11,6 +11,8 @@ import warnings
 import numpy as np
 from torch.utils.data import Sampler
 
+from .crops import Row
+
 # %% ../nbs/data/50_samplers.ipynb #b504db59
 class PlannedSampler(Sampler):
     "Batches planned an epoch ahead; a subclass writes `plan(rng)`"
@@ -34,7 +36,7 @@ class PlannedSampler(Sampler):
         key = self.seed, self.epoch, self.rank, self.world
         if self._cache is None or self._cache[0]!=key:
             rng = np.random.default_rng(np.random.SeedSequence(key[:2]))
-            self._cache = key, [self._piece(b) for b in self.plan(rng)]
+            self._cache = key, [self._piece(b) for b in _count_visits(self.plan(rng))]
         return self._cache[1]
 
     def _piece(self, batch):
@@ -42,7 +44,7 @@ class PlannedSampler(Sampler):
             raise ValueError(f"batch of {len(batch)} cannot be split over {self.world} processes: "
                              f"choose a multiple of {self.world}")
         n = len(batch)//self.world
-        return [int(i) for i in batch[self.rank*n:(self.rank+1)*n]]
+        return batch[self.rank*n:(self.rank+1)*n]
 
     def shard(self,
         rank:int, # Number of this process, from 0
@@ -56,6 +58,16 @@ class PlannedSampler(Sampler):
 
     def __iter__(self): return iter(self.batches())
     def __len__(self): return len(self.batches())
+
+# %% ../nbs/data/50_samplers.ipynb #51e65d02
+def _count_visits(plan): # Lists of rows; those that came before in the epoch are marked, see `Row`
+    seen, out = {}, []
+    for batch in plan:
+        out.append([])
+        for i in map(int, batch):
+            visit = seen[i] = seen.get(i, -1)+1
+            out[-1].append(Row(i, visit) if visit else i)
+    return out
 
 # %% ../nbs/data/50_samplers.ipynb #ec336327
 class ShuffleSampler(PlannedSampler):
@@ -225,8 +237,8 @@ class PerCameraParallel(PlannedSampler):
         return np.stack([stream(r).reshape(n, b) for r in self.rows], 1).reshape(n, -1)
 
     def _piece(self, batch):
-        grid = np.reshape(batch, (len(self.cameras), self.per_camera))
-        return np.concatenate([super(PerCameraParallel, self)._piece(x) for x in grid]).tolist()
+        parts = range(0, len(batch), self.per_camera)
+        return [i for a in parts for i in super(PerCameraParallel, self)._piece(batch[a:a+self.per_camera])]
 
 # %% ../nbs/data/50_samplers.ipynb #d645487f
 class FixedLength(PlannedSampler):

@@ -180,7 +180,8 @@ def train_epoch(
         bar.set_postfix({k: f'{v:.3f}' for k,v in row.items()})
         run.step, seen = run.step+1, seen+len(batch)*acc.num_processes
     run.epoch += 1
-    run.write({'epoch': run.epoch-1, 'images': seen, 'seconds': round(time.perf_counter()-start, 3)})
+    seconds = round(time.perf_counter()-start, 3)
+    run.write({'epoch': run.epoch-1, 'images': seen, 'seconds': seconds, **m.facts})
     return seen
 
 # %% ../nbs/training/10_training.ipynb #d8d60e92
@@ -241,7 +242,7 @@ def _finish(run):
     if run.method.settings.select=='holdout' and best.exists():
         state = safetensors.torch.load_file(best)
         run.method.before_load(state)
-        run.method.load_state_dict(state)
+        run.method.load_state_dict(state, strict=False)   # what only training needs is not in it
     run.method.eval()
     if run.main: save_model(run.method, run.out/'model.safetensors')
     if run.log: run.log.close()

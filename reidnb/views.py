@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .crops import CropDataset, Crops
+from .crops import CropDataset, Crops, item_state
 from .transforms import method_transform
 
 # %% ../nbs/data/42_views.ipynb #18066c1a
@@ -93,7 +93,7 @@ class CamStyleDataset(CropDataset):
         crops:Crops, # The real images, with cameras
         transform, # PIL image -> what a batch stacks
         fakes:Crops, # Fakes: `cams` are styles, `extra['row']` rows of `crops`; see `find_fakes`
-        seed:int=None, # Draw by (seed, epoch, row); None: the ordinary random state
+        seed:int=None, # Draw by (seed, epoch, row, visit); None: the ordinary random state
     ):
         super().__init__(crops, transform, seed)
         if not crops.has_cams: raise ValueError(f"{crops.name!r} has rows without a camera: no style to draw")
@@ -111,12 +111,11 @@ class CamStyleDataset(CropDataset):
                           "the real image takes their place", stacklevel=2)
 
     def __getitem__(self, i):
-        camera, i = self.style(i), int(i)
-        if self.seed is None: return self.transform(self.read(i, camera)), i
-        state = np.random.SeedSequence((self.seed, int(self._epoch), i)).generate_state(1, np.uint64)
+        image = self.read(int(i), self.style(i))
+        if self.seed is None: return self.transform(image), int(i)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(state[0]))
-            return self.transform(self.read(i, camera)), i
+            torch.default_generator.manual_seed(item_state(self.seed, int(self._epoch), i))
+            return self.transform(image), int(i)
 
 # %% ../nbs/data/42_views.ipynb #d2428c71
 @patch
@@ -125,8 +124,7 @@ def style(self:CamStyleDataset,
 )->int: # Camera
     "The camera drawn for a row in the epoch that is set"
     if self.seed is None: return int(self.cameras[torch.randint(len(self.cameras), ())])
-    state = np.random.SeedSequence((self.seed, int(self._epoch), int(i), 1)).generate_state(1, np.uint64)
-    return int(self.cameras[int(state[0])%len(self.cameras)])
+    return int(self.cameras[item_state(self.seed, int(self._epoch), i, stream=1)%len(self.cameras)])
 
 @patch
 def read(self:CamStyleDataset,

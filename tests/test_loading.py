@@ -1,4 +1,5 @@
 "Cached pixels equal decoded ones; batch-wise augmentation equals the step by step one, in law and pixel by pixel."
+import itertools
 import warnings
 from multiprocessing.reduction import ForkingPickler
 
@@ -288,3 +289,21 @@ def test_cached_batches_are_faster_than_files():
     files = rate(lambda: DataLoader(CropDataset(crops, t, seed=0), batch_sampler=s))
     loader = L.ResidentLoader(crops, s, L.BatchAugment(0))
     assert rate(lambda: loader) > 1.3*files
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_crop_drawn_twice_in_an_epoch_looks_different(workers):
+    "Also with workers, in shards, and alike for every loader"
+    crops, sampler = toy_crops(1, n_cams=1, n_each=2), PKSampler([1, 1], 1, 2, epoch_size=3)
+    def make(s):
+        data = CropDataset(L.cache_pixels(crops, size=(32, 16)), L.pixel_transform(32, 16))
+        return L.AugmentedLoader(DataLoader(data, batch_sampler=s, num_workers=workers), L.BatchAugment(7))
+    i, x = rows_of(make(sampler), 0)
+    assert len(i) == 6 and all(not torch.equal(a, b) for a, b in itertools.combinations(x[i == 0], 2))
+    j, y = rows_of(L.ResidentLoader(crops, sampler, L.BatchAugment(7), height=32, width=16), 0)
+    assert torch.equal(i, j) and torch.equal(x, y)
+    parts = [rows_of(make(PKSampler([1, 1], 1, 2, epoch_size=3).shard(r, 2)), 0)[1] for r in (0, 1)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), x)
+    single = DataLoader(CropDataset(crops, train_transform(32, 16), seed=1), batch_sampler=sampler, num_workers=workers)
+    k, z = rows_of(single, 0)
+    assert torch.equal(i, k) and not torch.equal(*z[k == 1][:2])

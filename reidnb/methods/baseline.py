@@ -7,21 +7,25 @@ __all__ = ['BaselineSettings', 'Baseline']
 
 # %% ../../nbs/methods/10_baseline.ipynb #dee3164b
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..backbones import Classifier, Encoder, make_backbone
 from ..crops import Crops
+from ..losses.identity import ArcFace, CenterLoss, ClassMemoryLoss
 from ..losses.metric import batch_hard_triplet
 from ..processes import gather
 from ..samplers import PKSampler, ShuffleSampler
-from ..training import Method, Settings
+from ..training import Batch, Method, Settings
 from ..transforms import train_transform
 
 # %% ../../nbs/methods/10_baseline.ipynb #493909fc
+_Loss = Literal['softmax', 'softmax+triplet', 'arc', 'center', 'class_memory', 'triplet']
+
 @dataclass(frozen=True)
 class BaselineSettings(Settings):
     "Settings of the baseline; the defaults train ResNet-50 on a set of Market-1501's size"
@@ -32,43 +36,88 @@ class BaselineSettings(Settings):
     weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
     last_stride:int=1 # Stride of the last stage (section 3.4)
     pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
+    neck:Literal['bn','none']='bn' # `none`: the pooled feature serves losses and test (QAConv section 5.3)
+    loss:_Loss='softmax+triplet' # What is minimised (QAConv table 1)
     p:int=16 # People in a batch
     k:int=4 # Images of each
-    smoothing:float=.1 # Label smoothing, in `[0,1)` (section 3.3)
-    triplet:float=1. # Weight of the triplet loss; 0: softmax alone, shuffled batches
+    smoothing:float=.1 # Label smoothing of the softmax, in `[0,1)` (section 3.3)
+    triplet:float=1. # Weight of the triplet loss; 0: without it, shuffled batches
     margin:float=.3 # Margin of the triplet loss
+    arc_margin:float=.5 # Margin of `arc`, radians in `[0,pi/2]` (QAConv footnote 2: .5 and .2)
+    arc_scale:float=30. # Scale of its cosines
+    center_weight:float=5e-4 # Weight of `center`
+    center_rate:float=.5 # Rate of the centres, in `[0,1]`
+    center_unit:bool=False # Normalise the features first
+    focal_gamma:float=2. # Focusing parameter of `class_memory` (QAConv section 3.3)
     flip:float=.5 # Probability of a mirror image
     pad:int=10 # Zero padding before the random crop, pixels
     erase:float=.5 # Probability of random erasing (section 3.2)
 
 # %% ../../nbs/methods/10_baseline.ipynb #310e241e
+def _parts(s, dim, n): # What a loss keeps beside the encoder, by name
+    if s.loss=='arc': return dict(classifier=ArcFace(dim, n, s.arc_scale, s.arc_margin))
+    if s.loss=='class_memory': return dict(memory=ClassMemoryLoss(dim, n, s.focal_gamma))
+    if s.loss=='triplet': return {}
+    parts = dict(classifier=Classifier(dim, n, bias=s.neck=='none'))
+    if s.loss=='center': parts['centres'] = CenterLoss(dim, n, s.center_weight, s.center_rate, s.center_unit)
+    return parts
+
+def _check_loss(s):
+    if s.loss not in get_args(_Loss): raise ValueError(f'loss {s.loss!r}: choose from {get_args(_Loss)}')
+    if s.loss=='triplet' and not s.triplet: raise ValueError("loss 'triplet' of weight 0: nothing to learn")
+
+# %% ../../nbs/methods/10_baseline.ipynb #c08a5189
 class Baseline(Method):
-    "Identity loss and batch-hard triplet on a BN-neck (Luo et al. 2019)"
+    "Identity loss and batch-hard triplet on a BN-neck (Luo et al. 2019), or another loss of `_Loss`"
+    training_only = 'classifier.', 'centres.', 'memory.'
     def __init__(self,
         settings:BaselineSettings, # Settings
         crops:Crops=None, # Labelled training crops; None: for use only
     ):
         super().__init__(settings, crops)
         s = settings
+        _check_loss(s)
         weights = None if crops is None or s.weights=='none' else s.weights
         backbone = make_backbone(s.backbone, weights=weights, last_stride=s.last_stride)
-        self.encoder = Encoder(backbone, pooling=s.pooling)
+        self.encoder = Encoder(backbone, pooling=s.pooling, neck=s.neck)
         if crops is None: return
         if crops.n_ids<2: raise ValueError(f'{crops.n_ids} labelled people in {crops.name!r}: '
                                            f'the baseline learns from at least 2')
         self.register_buffer('labels', torch.from_numpy(crops.labels()), persistent=False)
-        self.classifier = Classifier(self.encoder.dim, crops.n_ids)
+        for name,part in _parts(s, self.encoder.dim, crops.n_ids).items(): self.add_module(name, part)
+        if s.loss=='triplet': self.encoder.neck.requires_grad_(False)   # no loss reaches it
+        self.pk = bool('triplet' in s.loss and s.triplet)
         transform = train_transform(s.height, s.width, flip=s.flip, pad=s.pad, erase=s.erase)
-        sampler = PKSampler(crops.pids, s.p, s.k, seed=s.seed) if s.triplet else \
+        sampler = PKSampler(crops.pids, s.p, s.k, seed=s.seed) if self.pk else \
             ShuffleSampler(np.flatnonzero(crops.pids>0), s.p*s.k, seed=s.seed)
         self.data = self.loader(sampler, transform)
 
     def epoch(self, n): return self.batches(self.data, n)
     def embed(self, images): return self.encoder.embed(images)
 
-    def loss(self, batch):
-        s, y = self.settings, self.labels[batch.index]
-        f, neck = self.encoder(batch.images)
-        terms = {'identity': F.cross_entropy(self.classifier(neck).float(), y, label_smoothing=s.smoothing)}
-        if s.triplet: terms['triplet'] = s.triplet*batch_hard_triplet(gather(f), gather(y), s.margin)
-        return terms
+# %% ../../nbs/methods/10_baseline.ipynb #73f3d6c7
+@patch
+def loss(self:Baseline,
+    batch:Batch, # Images and their rows in the training crops
+)->dict: # Named scalars, minimised together
+    "The terms of the chosen loss"
+    s, y = self.settings, self.labels[batch.index]
+    f, neck = self.encoder(batch.images)
+    if s.loss=='arc': return {'arc': self.classifier(neck, y)}
+    if s.loss=='class_memory':
+        if self.training: self.newest = neck.detach(), y
+        unused = 0*sum(p.sum() for p in self.memory.bn.parameters())   # the first batch does not use them
+        return {'class_memory': self.memory(neck, y)+unused}
+    terms = {}
+    if s.loss!='triplet': terms['identity'] = F.cross_entropy(self.classifier(neck).float(), y,
+                                                              label_smoothing=s.smoothing)
+    if s.loss=='center': terms['center'] = self.centres(f, y)
+    if self.pk: terms['triplet'] = s.triplet*batch_hard_triplet(gather(f), gather(y), s.margin)
+    return terms
+
+@patch
+def after_step(self:Baseline,
+    batch:Batch, # The batch of this step
+)->None: # Nothing
+    "The class memory takes the newest feature of each person"
+    if self.settings.loss=='class_memory': self.memory.update(*self.newest)
