@@ -131,7 +131,8 @@ class Eval(DataOptions):
             {'none': score(method, data, **options)}
         scores = {k: m.to_dict() for k,m in found.items()} if posts[1:] else found['none'].to_dict()
         card = make_card('eval', method.settings, describe(data), scores,
-                         seconds or time.perf_counter()-start, method.settings.seed, model=Path(self.model).name)
+                         seconds or time.perf_counter()-start, method.settings.seed,
+                         model=Path(self.model).name)
         if self.out: write_card(card, self.out)
         lines = [f'{k+":":12}{m}' for k,m in found.items()] if posts[1:] else [str(found['none'])]
         return f'{self.model} on {data.name}: ' + '\n'.join(['']*bool(posts[1:]) + lines)
