@@ -65,9 +65,11 @@ class DataOptions:
     test_people:int=100 # People to test on, for a site of the world
     full:bool=False # Render the site in full size
     data_seed:int=0 # Seed of a rendered site, or of the split of a folder
+    layout:str='' # Levels of sub-folders of a folder: `person/camera`, `camera`, ...; by default a guess
 
     def open(self, height=128):
-        size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height)
+        size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height,
+                    layout=self.layout or None)
         return open_data(self.data, self.root or None, seed=self.data_seed, **size)
 
 # %% ../nbs/practice/40_cli.ipynb #830002ff

@@ -250,7 +250,8 @@ def cluster(
         else:
             more, e = _raised(find, min(first, .99*floor), floor, least)
             if more is not None and more.max()+1>n: y, used = more, e
-        notes += ('earlier labels kept' if kept else f'eps raised to {used:.4g}: {y.max()+1} clusters',)
+        raised = f'eps raised to {used:.4g}: {y.max()+1} clusters'
+        notes += ('earlier labels kept' if kept else raised if used!=first else 'no larger eps gives more',)
         if y.max(initial=-1)<0: raise ValueError(f'no {min_samples} of {len(y)} crops are near each other at '
                                                  'any eps: lower min_samples or give more crops')
         warnings.warn('; '.join(notes))

@@ -63,6 +63,7 @@ def open_data(
     full:bool=False, # A site of the world in full size
     seed:int=0, # Seed of a rendered site, or of the split of a folder
     height:int=128, # Height of rendered crops, pixels; they are half as wide
+    layout:str|None=None, # Levels of sub-folders of a folder, such as `camera`; None: guess
 )->ReIDData: # Train, query and gallery, as far as there are labels
     "Open data by name"
     name = str(name)
@@ -73,7 +74,7 @@ def open_data(
     if path.is_dir():
         if any(path.glob('bounding_box_train')) or any(path.glob('*/bounding_box_train')):
             return replace(load('market-style', root=path), name=path.name)
-        return make_data(path, seed=seed)
+        return make_data(path, seed=seed, layout=layout)
     if path.suffix.lower()=='.csv': return make_data(from_csv(path), seed=seed)
     if '/' in name or '\\' in name: raise FileNotFoundError(f'no folder or file {name}')
     return load(name, root=root)

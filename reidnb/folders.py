@@ -372,12 +372,13 @@ def _renumber(
 # %% ../nbs/data/11_folders.ipynb #3739bf73
 def _read_parts(
     root, # Folder of crops, or of parts
+    layout:str=None, # Levels of sub-folders, below the parts if there are any; None: guess
 )->dict: # 'train', 'query', 'gallery' -> table, or 'crops' -> table
     "Read a folder, with the parts it has as sub-folders"
     dirs = {p.name.lower(): p for p in _existing(root).iterdir() if p.is_dir()}
     found = {k: dirs[n] for k,v in _parts.items() for n in v if n in dirs}
-    if not found: return {'crops': from_folder(root)}
-    return {k: from_folder(p, name=k) for k,p in found.items()}
+    if not found: return {'crops': from_folder(root, layout)}
+    return {k: from_folder(p, layout, name=k) for k,p in found.items()}
 
 def _drop(
     part:Crops, # A table
@@ -397,11 +398,12 @@ def make_data(
     seed:int=0, # Seed of the splits
     name:str='', # Name; '': the table's
     licence:str='', # Terms of use, one line
+    layout:str=None, # Levels of sub-folders of a folder, such as 'camera', see `from_folder`; None: guess
 )->ReIDData: # The dataset; what was left out is counted in `dropped` and `notes`
     "Make a dataset of one table, of parts, or of a folder"
     parts = dict(train=train, query=query, gallery=gallery)
     if isinstance(crops, (str, os.PathLike)):
-        name, read = name or Path(crops).name, _read_parts(crops)
+        name, read = name or Path(crops).name, _read_parts(crops, layout)
         crops, parts = read.pop('crops', None), parts | read
     if crops is None and all(v is None for v in parts.values()):
         raise ValueError("make_data got no table: give one, or train=, query=, gallery=")

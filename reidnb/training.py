@@ -110,12 +110,12 @@ def save(self:Run,
 
 # %% ../nbs/training/10_training.ipynb #2d1bbec5
 def _same_settings(
-    then:dict, # Settings in the checkpoint
-    now:dict, # Settings of this run
+    then:dict, # Settings in the checkpoint; fields that it does not know had their default
+    settings:Settings, # Settings of this run
     out:Path, # Folder, for the message
 )->None: # Nothing; raises when they differ
     "Refuse to go on with other settings"
-    then, now = (json.loads(json.dumps(x)) for x in (then, now))
+    then, now = (json.loads(json.dumps(x)) for x in (asdict(type(settings)()) | then, asdict(settings)))
     free = {'workers', 'eval_every', 'tensorboard', 'epochs' if now['decay']!='cosine' else ''}
     differ = [f'{k}: {then.get(k)} then, {v} now' for k,v in now.items() if k not in free and then.get(k)!=v]
     if differ: raise ValueError(f'{out} holds a run with other settings ({"; ".join(differ)}): '
@@ -138,7 +138,7 @@ def restore(self:Run,
 )->Run: # The run itself
     "Go on from the checkpoint in the folder"
     state = load_checkpoint(self.out/'checkpoint.pt')
-    _same_settings(state['settings'], asdict(self.method.settings), self.out)
+    _same_settings(state['settings'], self.method.settings, self.out)
     if state['data']!=(now := self.method.crops.fingerprint()):
         raise ValueError(f'{self.out} holds a run on other crops (fingerprint {state["data"]}, now {now}): '
                          f'give the same data, choose another folder, or start anew (--fresh)')

@@ -72,11 +72,11 @@ def test_terms_are_their_equations(neck):
         softmax={'identity'}, arc={'arc'}, center={'identity', 'center'}, triplet={'triplet'},
         class_memory={'class_memory'}).get(k, {'identity', 'triplet'}), k
     y = m['softmax'].labels[batch.index].tolist()
-    f, g = build('softmax', neck=neck).encoder(batch.images)
+    f, g = (x.detach() for x in build('softmax', neck=neck).encoder(batch.images))
     assert (neck == 'none') == torch.equal(f, g)
     def close(loss, term, want): assert build_value(loss, term) == pytest.approx(float(want), rel=1e-4), (loss, term)
     def build_value(loss, term):
-        return float(build(loss, neck=neck, arc_margin=.3, arc_scale=20., smoothing=0.)(batch)[term])
+        return build(loss, neck=neck, arc_margin=.3, arc_scale=20., smoothing=0.)(batch)[term].item()
     z = m['softmax'].classifier(g).detach()
     close('softmax', 'identity', -np.mean([float(r.log_softmax(0)[c]) for r, c in zip(z, y)]))
     angle = (F.normalize(g, dim=1) @ F.normalize(m['arc'].classifier.weight, dim=1).T).clamp(-1, 1).acos()
@@ -97,12 +97,12 @@ def test_class_memory_meets_the_step_before():
     "The first batch costs 0; the next one meets the rows that `after_step` wrote, and no unseen person"
     m = build('class_memory', neck='none').train()
     one, two = list(m.epoch(0))[:2]
-    assert float(m(one)['class_memory']) == 0 and not m.memory.memory.seen.any()
+    assert m(one)['class_memory'].item() == 0 and not m.memory.memory.seen.any()
     m.after_step(one)
     f, y = m.newest
     assert sorted(set(y.tolist())) == m.memory.memory.seen.nonzero()[:, 0].tolist()
     for c in set(y.tolist()): assert torch.equal(m.memory.memory.maps[c], f[y == c][-1])
-    got = float(m(two)['class_memory'])
+    got = m(two)['class_memory'].item()
     g, t = m.newest
     seen = m.memory.memory.seen.nonzero()[:, 0]
     c = F.normalize(g, dim=1) @ F.normalize(m.memory.memory.maps[seen], dim=1).T
@@ -119,7 +119,7 @@ def test_center_rate_and_unit():
     m(first(m))
     assert not m.centres.centres.any()
     m = build('center', center_unit=True, center_weight=2., center_rate=1.)
-    assert float(m(first(m))['center']) == pytest.approx(1, rel=1e-5)   # unit features, centres at 0
+    assert m(first(m))['center'].item() == pytest.approx(1, rel=1e-5)   # unit features, centres at 0
     assert m.centres.centres.norm(dim=1).max() <= 1
     kept = m.centres.centres.clone()
     m.eval()(first(m))
@@ -138,6 +138,20 @@ def test_sampler_classifier_and_neck_of_each_loss():
     images = first(plain_feature).images
     want = F.normalize(plain_feature.encoder.backbone(images).mean((2, 3)), dim=1)
     assert torch.allclose(plain_feature.embed(images), want, atol=1e-6)
+
+
+@pytest.mark.parametrize('loss, new', [('softmax', 1), ('center', 2), ('class_memory', 2), ('triplet', 0)])
+def test_new_layers_have_their_rate(loss, new):
+    "Every parameter in one group, and only those of the backbone at the plain rate; `new`: tensors that are not its"
+    m = build(loss, new_lr=10., neck='bn' if loss == 'softmax' else 'none')
+    groups = m.optimizer().param_groups
+    plain, other = (([*groups[0]['params']], [*groups[1]['params']]) if len(groups) == 2 else (groups[0]['params'], []))
+    if other: assert groups[1]['lr_scale'] == 10 and groups[1]['weight_decay'] == groups[0]['weight_decay']
+    assert [id(p) for p in plain] == [id(p) for p in m.encoder.backbone.parameters()]
+    assert len(other) == new + (loss == 'softmax')   # and the scale of the neck
+    wanted = {id(p) for p in m.parameters() if p.requires_grad}
+    assert {id(p) for p in plain + other} == wanted
+    assert len(build(loss).optimizer().param_groups) == 1
 
 
 def test_wrong_settings_are_named():
@@ -200,7 +214,9 @@ def test_two_processes_equal_one(tmp_path):
     pair = [subprocess.Popen([sys.executable, __file__, str(tmp_path / 'two')], text=True, stderr=subprocess.PIPE,
                              env=env | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
     train_all(tmp_path / 'one')
-    for p in pair: assert p.wait(timeout=200) == 0, p.stderr.read()[-3000:]
+    for p in pair:
+        err = p.communicate(timeout=300)[1]
+        assert p.returncode == 0, err[-3000:]
     runs = sorted(p.name for p in (tmp_path / 'one').iterdir())
     assert len(runs) == len(LOSSES) + len(STATEFUL)
     for name in runs:
@@ -258,7 +274,7 @@ def test_old_model_files_load(tmp_path):
     m = build('softmax+triplet', neck='bn').eval()
     path = save_model(m, tmp_path / 'new.safetensors')
     with safetensors.safe_open(path, 'pt') as f: meta = f.metadata()
-    new = {'neck', 'loss', 'arc_margin', 'arc_scale', 'center_weight', 'center_rate', 'center_unit', 'focal_gamma'}
+    new = {'neck', 'loss', 'arc_margin', 'arc_scale', 'center_weight', 'center_rate', 'center_unit', 'focal_gamma', 'new_lr'}
     meta['settings'] = json.dumps({k: v for k, v in asdict(m.settings).items() if k not in new})
     safetensors.torch.save_file({k: v.contiguous() for k, v in m.state_dict().items()}, tmp_path / 'old.safetensors', meta)
     old = load_model(tmp_path / 'old.safetensors')

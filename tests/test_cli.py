@@ -98,3 +98,16 @@ def test_unlabelled_folder_says_what_is_missing(tmp_path):
     for i, data in enumerate(toy_crops().images): (tmp_path / 'flat' / f'{i}.jpg').write_bytes(data)
     r = run('train', 'baseline-small', '--data', tmp_path / 'flat', cwd=tmp_path)
     assert r.returncode == 2 and 'label' in r.stderr and r.stderr.count('\n') == 1
+
+
+def test_a_folder_of_unlabelled_crops_with_and_without_cameras(tmp_path):
+    from reidnb.cli import DataOptions
+    from reidnb.crops import toy_crops
+    crops = toy_crops(4, n_cams=3)
+    for i, image in enumerate(crops.images):
+        for path in (tmp_path / 'cams' / f'camera{crops.cams[i]}', tmp_path / 'flat'):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / f'{i}.jpg').write_bytes(image)
+    flat, cams = (DataOptions(data=str(tmp_path / k), layout=v).open().train for k, v in dict(flat='', cams='camera').items())
+    assert len(flat) == len(cams) == 24 and not flat.labelled and not cams.labelled
+    assert not flat.has_cams and cams.n_cams == 3

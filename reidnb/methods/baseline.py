@@ -49,6 +49,7 @@ class BaselineSettings(Settings):
     center_rate:float=.5 # Rate of the centres, in `[0,1]`
     center_unit:bool=False # Normalise the features first
     focal_gamma:float=2. # Focusing parameter of `class_memory` (QAConv section 3.3)
+    new_lr:float=1. # Factor on the rate of all but the backbone (QAConv section 5.1: 10)
     flip:float=.5 # Probability of a mirror image
     pad:int=10 # Zero padding before the random crop, pixels
     erase:float=.5 # Probability of random erasing (section 3.2)
@@ -68,7 +69,7 @@ def _check_loss(s):
 
 # %% ../../nbs/methods/10_baseline.ipynb #c08a5189
 class Baseline(Method):
-    "Identity loss and batch-hard triplet on a BN-neck (Luo et al. 2019), or another loss of `_Loss`"
+    "Identity loss and batch-hard triplet on a BN-neck (Luo et al. 2019), or one of four other losses"
     training_only = 'classifier.', 'centres.', 'memory.'
     def __init__(self,
         settings:BaselineSettings, # Settings
@@ -121,3 +122,16 @@ def after_step(self:Baseline,
 )->None: # Nothing
     "The class memory takes the newest feature of each person"
     if self.settings.loss=='class_memory': self.memory.update(*self.newest)
+
+# %% ../../nbs/methods/10_baseline.ipynb #e5fe63c1
+@patch
+def optimizer(self:Baseline,
+)->torch.optim.Optimizer: # Two groups of parameters when their rates differ
+    "The optimiser of the settings, with a rate of its own for what is not pre-trained (QAConv section 5.1)"
+    opt, old = Method.optimizer(self), set(self.encoder.backbone.parameters())
+    if self.settings.new_lr==1: return opt
+    group = opt.param_groups[0]
+    new = [p for p in group['params'] if p not in old]
+    group['params'] = [p for p in group['params'] if p in old]
+    if new: opt.add_param_group(dict(params=new, lr_scale=self.settings.new_lr))
+    return opt
