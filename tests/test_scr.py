@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from reidnb.losses.identity import scr_loss
 from reidnb.methods.scr import (SCR, Projected, SCRSettings, TrackletPK, fit_projection, head_cam, scr_architecture)
 from reidnb.state import load_checkpoint
 from reidnb.temporal import sample_frames, tracklets
-from reidnb.tracklet_evaluation import compare_pooling, embed_tracklets, score_tracklets, tracklet_data, write_mars
+from reidnb.tracklet_evaluation import by_tracklet, compare_pooling, embed_tracklets, score_tracklets, tracklet_data, write_mars
 from reidnb.training import fit, load_model, read_log, save_model, score, seed_everything
 
 QUICK = dict(backbone='small', weights='none', height=48, width=24, p=4, k=2, epochs=4, steps=(3,), lr=1e-3)
@@ -288,6 +289,8 @@ def test_protocol_by_tracklet(walks):
     assert len(tracklets(by_person.query)) == 6 and len(tracklets(by_person.gallery)) == 12
     assert len(by_person.query) + len(by_person.gallery) == len(test)
     with pytest.raises(ValueError, match='per='): tracklet_data(data, 'day')
+    assert by_tracklet(by_person) is by_person and by_tracklet(data).notes == by_cam.notes
+    with pytest.raises(ValueError, match='single crops'): by_tracklet(ReIDData(None, *[test.replace(tracks=None)] * 2))
 
 
 def test_from_a_mars_tree_to_metrics(walks, tmp_path):
@@ -303,6 +306,31 @@ def test_from_a_mars_tree_to_metrics(walks, tmp_path):
     with pytest.raises(ValueError, match='not an empty folder'): write_mars(data, root)
     method = build(read.train, frames=2)
     assert torch.isfinite(sum(method(next(iter(method.epoch(0)))).values()))
+
+
+@pytest.mark.parametrize('name', ['mars', 'dukemtmc-videoreid', 'ilids-vid', 'ls-vid'])
+def test_from_the_trees_of_the_loaders_to_metrics(name, tmp_path):
+    "Generated trees of the video sets: load, train a batch, score by tracklet"
+    sys.path.insert(0, str(Path(__file__).parent))
+    from dataset_trees import make
+    tree = next(t for t in (make(name, seed) for seed in range(20)) if scorable(t))
+    for path, content in tree.files.items():
+        (tmp_path / tree.folders[0] / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / tree.folders[0] / path).write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # two people a batch of four, few frames
+        data = load(name, root=tmp_path)
+        method = build(data.train, frames=1, p=2, k=2)
+        assert math.isfinite(float(sum(method(next(iter(method.epoch(0)))).values()).detach()))
+        rows = compare_pooling(method, data, T=5, seeds=(0,))
+    assert all(0 <= m.mAP <= 1 and m.n_valid > 0 for v in rows.values() for m in v)
+
+
+def scorable(tree):
+    "Some query tracklet has an answer in another camera, and two people can be trained on"
+    truth = tree.truth(tree.files)
+    answers = {(r[0], r[1]) for r in truth['gallery'] if r[0] > 0}
+    return len({r[0] for r in truth['train']}) > 1 and any(q[0] == p and q[1] != c for q in truth['query'] for p, c in answers)
 
 
 # --- pictures and shorter features

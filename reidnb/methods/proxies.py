@@ -9,9 +9,10 @@ __all__ = ['SpCLSettings', 'SpCL', 'CAPSettings', 'CAP']
 import torch
 import torch.nn.functional as F
 import time
-import warnings
+from torchvision.transforms import v2 as T
 from dataclasses import dataclass
 from typing import Literal
+from fastcore.basics import patch
 from ..backbones import Encoder, make_backbone
 from ..clustering import Clusters, cluster_stats, dbscan, reliable
 from ..crops import Crops
@@ -19,12 +20,12 @@ from ..losses.contrastive import camera_proxy_loss
 from ..losses.hybrid import hybrid_loss, intra_camera_loss
 from ..memory import CameraProxyMemory, HybridMemory
 from ..processes import gather
-from ..pseudo_labels import pseudo_labels, shared_features
+from ..pseudo_labels import labelled_epoch, pseudo_labels, shared_features
 from ..samplers import CameraDiversePK, FixedLength, MoreCameraPK, PKSampler
 from ..training import Method, Settings
-from ..transforms import method_transform
+from ..transforms import RandomErasing, pipeline
 
-# %% ../../nbs/methods/75_proxies.ipynb #2ac2c84f
+# %% ../../nbs/methods/75_proxies.ipynb #95fb8028
 def _encoder(s, use_only):
     "Backbone, pooling and BN-neck"
     weights = None if use_only or s.weights=='none' else s.weights
@@ -32,7 +33,21 @@ def _encoder(s, use_only):
 
 def _size(s): return dict(height=s.height, width=s.width, workers=s.workers)
 
-# %% ../../nbs/methods/75_proxies.ipynb #d77df353
+def _augment(s):
+    "Mirror, padded crop, and erasing where the settings ask for it"
+    steps = [T.RandomHorizontalFlip(.5), T.Pad(s.pad), T.RandomCrop((s.height, s.width))]
+    erasing = [RandomErasing(s.erase)] if s.erase else []
+    return pipeline(s.height, s.width, image_steps=steps, tensor_steps=erasing)
+
+def _sampler(s, labels, crops):
+    "P classes x K images; of different cameras where they are known, unless the settings say `plain`"
+    y, common = labels.cpu().numpy(), dict(p=s.p, k=s.k, seed=s.seed, first=0)
+    blind = s.sampler=='plain' or s.sampler=='auto' and not crops.has_cams
+    kind = MoreCameraPK if s.sampler=='camera-first' else CameraDiversePK
+    inner = PKSampler(y, mode='one-pass', **common) if blind else kind(y, crops.cams, **common)
+    return FixedLength(inner, s.iterations) if s.iterations else inner
+
+# %% ../../nbs/methods/75_proxies.ipynb #4ce1451b
 @dataclass(frozen=True)
 class SpCLSettings(Settings):
     "Settings of SpCL (Ge et al. 2020)"
@@ -46,6 +61,8 @@ class SpCLSettings(Settings):
     p:int=16 # Classes in a batch, clusters or single outliers
     k:int=4 # Images of each
     sampler:Literal['auto','camera-diverse','plain']='auto' # `auto`: cameras where all crops have one
+    pad:int=10 # Zero padding before the random crop, pixels
+    erase:float=.5 # Probability of erasing
     eps:float=.6 # Radius of DBSCAN
     gap:float=.02 # Distance to the tighter and the looser radius; 0: every cluster is reliable
     keep:float=.9 # Share of clusters, and of crops, that pass in the first epoch
@@ -56,7 +73,7 @@ class SpCLSettings(Settings):
     temperature:float=.05 # Divides the similarities
     guard:float=1e-6 # The code's guard in the softmax; 0: none
 
-# %% ../../nbs/methods/75_proxies.ipynb #4ce1451b
+# %% ../../nbs/methods/75_proxies.ipynb #68b69261
 class SpCL(Method):
     "Self-paced contrastive learning with a hybrid memory (Ge et al. 2020)"
     training_only = ('memory.', 'labels', 'thresholds')
@@ -71,7 +88,7 @@ class SpCL(Method):
         self.memory = HybridMemory(len(crops), self.encoder.dim)
         self.register_buffer('labels', torch.full((len(crops),), -1))
         self.register_buffer('thresholds', torch.full((2,), float('nan'), dtype=torch.float64))
-        self.transform = method_transform('spcl', settings.height, settings.width)
+        self.transform = _augment(settings)
 
     def embed(self, images): return self.encoder.embed(images)
 
@@ -83,10 +100,20 @@ class SpCL(Method):
 
     def after_step(self, batch): self.memory.update(batch.index, self.seen, self.settings.momentum)
 
-# %% ../../nbs/methods/75_proxies.ipynb #93038f29
-from fastcore.basics import patch
+    def epoch(self, n):
+        s, start, seconds = self.settings, time.perf_counter(), {}
+        if not self.memory.seen.all():
+            self.memory.fill(shared_features(self.encoder, self.crops, **_size(s)))
+            seconds['features'] = time.perf_counter()-start
+        found = pseudo_labels(self.encoder, self.crops, features=self.memory.rows, k1=s.k1, k2=s.k2,
+                              use=self.paced)
+        found.seconds.update(seconds)
+        self.labels.copy_(found.labels)
+        self.memory.rebuild(self.labels)
+        loader = self.loader(_sampler(s, self.memory.labels, self.crops), self.transform)
+        yield from labelled_epoch(self, found, start, self.batches(loader, n))
 
-# %% ../../nbs/methods/75_proxies.ipynb #de076e74
+# %% ../../nbs/methods/75_proxies.ipynb #93038f29
 @patch
 def paced(self:SpCL,
     sim, # Jaccard similarity, sparse `(N,N)`
@@ -94,7 +121,6 @@ def paced(self:SpCL,
     "Clusters that a tighter and a looser radius confirm"
     s, known = self.settings, not self.thresholds.isnan().any()
     y, tight, loose = (dbscan(sim, e, s.min_samples) for e in (s.eps, s.eps-s.gap, s.eps+s.gap))
-    self.found = int(y.max(initial=-1))+1
     if s.gap:
         y, t = reliable(y, tight, loose, tuple(self.thresholds.tolist()) if known else None, s.keep)
         if t is not None: self.thresholds.copy_(torch.tensor(t))
@@ -102,28 +128,7 @@ def paced(self:SpCL,
     cams = self.crops.cams if self.crops.n_cams else None
     return Clusters(y, s.eps, cluster_stats(y, cams, pids))
 
-@patch
-def epoch(self:SpCL,
-    n:int, # Epoch, from 0
-): # The batches
-    "Fill the memory at the first epoch, label its rows, hand out batches"
-    s, start = self.settings, time.perf_counter()
-    if not self.memory.seen.all(): self.memory.fill(shared_features(self.encoder, self.crops, **_size(s)))
-    filled = time.perf_counter()-start
-    found = pseudo_labels(self.encoder, self.crops, features=self.memory.rows, k1=s.k1, k2=s.k2, use=self.paced)
-    self.labels.copy_(found.labels)
-    self.memory.rebuild(self.labels)
-    self.facts = found.facts() | {'seconds_features': round(filled, 4)}
-    labelled, y, cams = time.perf_counter()-start, self.memory.labels.cpu().numpy(), self.crops.cams
-    diverse = s.sampler=='camera-diverse' or s.sampler=='auto' and self.crops.has_cams
-    common = dict(p=s.p, k=s.k, seed=s.seed, first=0)
-    inner = CameraDiversePK(y, cams, **common) if diverse else PKSampler(y, mode='one-pass', **common)
-    sampler = FixedLength(inner, s.iterations) if s.iterations else inner
-    yield from self.batches(self.loader(sampler, self.transform), n)
-    whole = time.perf_counter()-start
-    self.facts |= {'seconds_training': round(whole-labelled, 4), 'share_labelling': round(labelled/whole, 4)}
-
-# %% ../../nbs/methods/75_proxies.ipynb #152471b5
+# %% ../../nbs/methods/75_proxies.ipynb #4a815819
 @dataclass(frozen=True)
 class CAPSettings(Settings):
     "Settings of CAP (Wang et al. 2021)"
@@ -137,6 +142,9 @@ class CAPSettings(Settings):
     pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
     p:int=8 # Clusters in a batch
     k:int=4 # Images of each
+    sampler:Literal['camera-first','camera-diverse','plain']='camera-first' # Images of a cluster
+    pad:int=10 # Zero padding before the random crop, pixels
+    erase:float=0. # Probability of erasing
     eps:float=.5 # Radius of DBSCAN
     min_samples:int=4 # Crops within the radius that make a core
     k1:int=20 # Neighbours of the reciprocal sets
@@ -148,6 +156,14 @@ class CAPSettings(Settings):
     negatives:int=50 # Nearest proxies of other clusters
 
 # %% ../../nbs/methods/75_proxies.ipynb #7aa761d9
+def _need_cameras(crops):
+    "Raise unless every crop has a camera"
+    unknown = int((crops.cams<0).sum())
+    if unknown or not len(crops): raise ValueError(
+        f'{unknown} of {len(crops)} crops of {crops.name!r} have no camera: CAP needs it; '
+        'ICE and SpCL do not')
+
+# %% ../../nbs/methods/75_proxies.ipynb #e042a7d2
 class CAP(Method):
     "Camera-aware proxies, updated in every step (Wang et al. 2021)"
     training_only = ('memory.', 'labels', 'eps')
@@ -158,14 +174,12 @@ class CAP(Method):
         super().__init__(settings, crops)
         self.encoder = _encoder(settings, crops is None)
         if crops is None: return
-        unknown = int((crops.cams<0).sum())
-        if not len(crops) or unknown: raise ValueError(
-            f'{unknown} of {len(crops)} crops of {crops.name!r} have no camera: CAP needs it; ICE and SpCL do not')
+        _need_cameras(crops)
         self.memory = CameraProxyMemory(self.encoder.dim)
         self.register_buffer('cams', torch.from_numpy(crops.cams), persistent=False)
         self.register_buffer('labels', torch.full((len(crops),), -1))
         self.register_buffer('eps', torch.tensor(float('nan'), dtype=torch.float64))
-        self.transform = method_transform('cap', settings.height, settings.width)
+        self.transform = _augment(settings)
 
     def embed(self, images): return self.encoder.embed(images)
 
@@ -184,21 +198,13 @@ class CAP(Method):
         y, cams = self.labels[batch.index], self.cams[batch.index]
         self.memory.update(self.seen, y, cams, self.settings.momentum)
 
-# %% ../../nbs/methods/75_proxies.ipynb #9d2330b8
-@patch
-def epoch(self:CAP,
-    n:int, # Epoch, from 0
-): # The batches
-    "Label the crops, rebuild the camera proxies, hand out batches"
-    s, start, y = self.settings, time.perf_counter(), self.labels.cpu().numpy()
-    old = Clusters(y, float(self.eps)) if (y>=0).any() else None
-    found = pseudo_labels(self.encoder, self.crops, old, k1=s.k1, k2=s.k2, eps=s.eps,
-                          min_samples=s.min_samples, least=s.p, **_size(s))
-    self.labels.copy_(found.labels); self.eps.fill_(found.clusters.eps)
-    self.memory.rebuild(found.features, found.labels, torch.from_numpy(self.crops.cams))
-    self.n, self.facts, labelled = n, found.facts(), time.perf_counter()-start
-    inner = MoreCameraPK(found.clusters.labels, self.crops.cams, s.p, s.k, seed=s.seed, first=0)
-    sampler = FixedLength(inner, s.iterations) if s.iterations else inner
-    yield from self.batches(self.loader(sampler, self.transform), n)
-    whole = time.perf_counter()-start
-    self.facts |= {'seconds_training': round(whole-labelled, 4), 'share_labelling': round(labelled/whole, 4)}
+    def epoch(self, n):
+        s, start, y = self.settings, time.perf_counter(), self.labels.cpu().numpy()
+        old = Clusters(y, float(self.eps)) if (y>=0).any() else None
+        found = pseudo_labels(self.encoder, self.crops, old, k1=s.k1, k2=s.k2, eps=s.eps,
+                              min_samples=s.min_samples, least=s.p, **_size(s))
+        self.n = n
+        self.labels.copy_(found.labels); self.eps.fill_(found.clusters.eps)
+        self.memory.rebuild(found.features, found.labels, self.cams)
+        loader = self.loader(_sampler(s, self.labels, self.crops), self.transform)
+        yield from labelled_epoch(self, found, start, self.batches(loader, n))

@@ -39,13 +39,13 @@ class SCRSettings(Settings):
     backbone_lr:float=1. # Rate of the backbone over that of the heads; PCB: 0.1
     backbone:str='resnet50' # Network, see `make_backbone`
     weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    architecture:Literal['scr','pcb','se']='scr' # `pcb`: six stripes; `se`: p1 with channel attention (table 3.1)
+    architecture:Literal['scr','pcb','se']='scr' # `pcb`: six stripes; `se`: p1 with attention (table 3.1)
     branches:str='all' # `p1`, `p2`, `p3`, `p1+p2`, `all` (= `p1+p2+p3`), also with `p4` (table 3.3)
     partition:Literal['sc','s','c','none']='sc' # Stripes, channel groups, both or neither (table 3.2)
     dim:int=0 # Channels of each head's vector; 0: an eighth of the map's, 256 of ResNet-50
     weight:float=2. # Weight lambda of the cross-entropy (eq. 3.3, table 3.4)
     triplet:bool=True # Triplet loss of the global heads (eq. 3.2, table 3.4)
-    triplet_on:Literal['reduced','pooled']='reduced' # Vectors of the triplet: test vectors, or before reduction
+    triplet_on:Literal['reduced','pooled']='reduced' # What the triplet compares: test vectors, or those before
     margin:float=1.2 # Margin of the triplet (eq. 3.2)
     metric:Literal['cosine','euclidean']='cosine' # Distance of test features
     p:int=8 # People in a batch
@@ -101,7 +101,7 @@ class TrackletPK(PKSampler):
         place = np.arange(len(rows))-np.repeat(first, np.diff(np.append(first, len(rows))))
         return rows[order][place<self.frames]
 
-# %% ../../nbs/methods/30_scr.ipynb #bd276758
+# %% ../../nbs/methods/30_scr.ipynb #5e3204fd
 def _sampler(
     s:SCRSettings, # Settings
     crops:Crops, # Training crops
@@ -157,7 +157,7 @@ class SCR(Method):
                                                         amsgrad=s.amsgrad)
         return torch.optim.SGD(groups, s.lr, momentum=.9, nesterov=True, weight_decay=s.weight_decay)
 
-# %% ../../nbs/methods/30_scr.ipynb #075c7647
+# %% ../../nbs/methods/30_scr.ipynb #8d0dde97
 def head_cam(
     method:SCR, # A method
     images:Tensor, # Images as the network reads them, `(B,3,H,W)`
@@ -179,14 +179,16 @@ def head_cam(
     else: score = out.reduced[head].float().square().sum(1)/2
     return _only_rows(grad_cam(kept[0], score), h, net.pools)
 
+# %% ../../nbs/methods/30_scr.ipynb #d8ba9554
 def _only_rows(heat, h, pools): # what a stripe does not read is cold
     if h.rows is None: return heat
-    a, b = next(p for k,p in pools.items() if k.endswith(f'{h.pool}{h.rows[1]}')).rows(heat.shape[1])[h.rows[0]]
+    stripes = next(p for k,p in pools.items() if k.endswith(f'{h.pool}{h.rows[1]}'))
+    a, b = stripes.rows(heat.shape[1])[h.rows[0]]
     out = torch.zeros_like(heat)
     out[:,a:b] = heat[:,a:b]/heat[:,a:b].amax((1, 2), keepdim=True).clamp(min=1e-12)
     return out
 
-# %% ../../nbs/methods/30_scr.ipynb #d55e197c
+# %% ../../nbs/methods/30_scr.ipynb #98dfef74
 class Projection(nn.Module):
     "An affine map to fewer channels"
     def __init__(self,
@@ -200,6 +202,7 @@ class Projection(nn.Module):
 
     def forward(self, f): return (f.float()-self.mean)@self.axes.T
 
+# %% ../../nbs/methods/30_scr.ipynb #1c97118e
 def fit_projection(
     features:Tensor, # Features of training crops, `(N,D)`
     dim:int=512, # Channels to keep, at most N and D
