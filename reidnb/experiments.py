@@ -33,7 +33,8 @@ RECIPES = { # Name -> module, class of the method, class of its settings, what d
         lr=1e-3, pad=5, p=8, k=4)),
     'qaconv': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', {}),
     'qaconv-small': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', dict(
-        backbone='small', weights='small', height=128, width=64, epochs=20, decay='cosine')),
+        backbone='small', weights='small', height=128, width=64, epochs=10, decay='cosine', steps=(),
+        cut_at='layer4', last_stride=1, neck='1x1', normalise=True, occlusion='re', batch_size=16, lr=.02)),
     'scr': ('reidnb.methods.scr', 'SCR', 'SCRSettings', {}),
     'scr-small': ('reidnb.methods.scr', 'SCR', 'SCRSettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=20, decay='cosine')),

@@ -45,7 +45,7 @@ class SCRSettings(Settings):
     dim:int=0 # Channels of each head's vector; 0: an eighth of the map's, 256 of ResNet-50
     weight:float=2. # Weight lambda of the cross-entropy (eq. 3.3, table 3.4)
     triplet:bool=True # Triplet loss of the global heads (eq. 3.2, table 3.4)
-    triplet_on:Literal['reduced','pooled']='reduced' # What the triplet compares: test vectors, or those before
+    triplet_on:Literal['reduced','pooled']='reduced' # Triplet on the test vectors, or on those before
     margin:float=1.2 # Margin of the triplet (eq. 3.2)
     metric:Literal['cosine','euclidean']='cosine' # Distance of test features
     p:int=8 # People in a batch
