@@ -25,7 +25,7 @@ from ..matching import QAConv, Matches, best_matches, global_feature, score_matr
 from ..memory import ClassMapMemory
 from ..processes import rank_size
 from ..samplers import PKSampler, ShuffleSampler
-from ..training import Method, Settings
+from ..training import Batch, Method, Settings
 from ..transforms import IMAGENET_MEAN, IMAGENET_STD, method_transform
 
 # %% ../../nbs/methods/20_qaconv.ipynb #32976391
@@ -182,7 +182,10 @@ def against_batch(self:QAConvMethod,
 
 # %% ../../nbs/methods/20_qaconv.ipynb #cebf1aab
 @patch
-def loss(self:QAConvMethod, batch):
+def loss(self:QAConvMethod,
+    batch:Batch, # Images and rows
+)->dict: # Named terms, scalars
+    "The terms that the settings name"
     s, y = self.settings, self.labels[batch.index]
     maps, terms = self.encoder(batch.images), {}
     if self.terms[0]!='triplet': terms[self.terms[0]] = self.against_memory(maps, y)
@@ -192,7 +195,10 @@ def loss(self:QAConvMethod, batch):
     return terms
 
 @patch
-def after_step(self:QAConvMethod, batch):
+def after_step(self:QAConvMethod,
+    batch:Batch, # The batch of the step
+)->None: # Nothing; the memory holds the new maps
+    "Write the maps of the step into the memory (QAConv section 3.3)"
     if self.terms[0]!='triplet':
         self.memory.update(*self.fresh)
         self.facts = dict(classes_seen=int(self.memory.seen.sum()))
