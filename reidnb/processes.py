@@ -24,7 +24,8 @@ def gather(
 )->Tensor: # All processes' tensors in order of rank, `(W*B,...)`
     "Concatenate a tensor over processes, with gradients; one process returns it unchanged"
     if rank_size()[1]==1: return x
-    if x.requires_grad: return torch.cat(dist_fn.all_gather(x.contiguous()))
+    if x.requires_grad: # flat: gloo's backward scrambles gradients whose strides are not those of rows
+        return torch.cat(dist_fn.all_gather(x.reshape(len(x), -1).contiguous())).view(-1, *x.shape[1:])
     parts = [torch.empty_like(x) for _ in range(rank_size()[1])]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)

@@ -119,7 +119,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     assert same(a, b)
 
 
-def test_two_processes_equal_one(tmp_path, loss='bce'):
+def test_two_processes_equal_one(tmp_path, loss='bce+triplet'):
     "The memory is gathered, batch norms of network and matcher see all pairs"
     one, two = tmp_path / 'one', tmp_path / 'two'
     with socket.socket() as s:

@@ -23,7 +23,7 @@ from ..losses.identity import cross_entropy
 from ..losses.metric import focal_bce, hard_triplet
 from ..matching import QAConv, Matches, best_matches, global_feature, score_matrix, unit_maps
 from ..memory import ClassMapMemory
-from ..processes import rank_size
+from ..processes import gather, rank_size
 from ..samplers import PKSampler, ShuffleSampler
 from ..training import Batch, Method, Settings
 from ..transforms import IMAGENET_MEAN, IMAGENET_STD, method_transform
@@ -169,16 +169,16 @@ def against_memory(self:QAConvMethod,
 # %% ../../nbs/methods/20_qaconv.ipynb #14080505
 @patch
 def against_batch(self:QAConvMethod,
-    maps:Tensor, # Maps of the batch, `(B,d,h,w)`
+    maps:Tensor, # Maps of this process's batch, `(B,d,h,w)`
     y:Tensor, # Their classes, int64 `(B,)`
 )->Tensor: # Scalar
     "Triplet loss with the hardest pairs of the batch; no image is matched with itself"
-    if rank_size()[1]>1: raise ValueError('the triplet loss of QAConv trains in one process only')
-    m = self.matcher
-    v = best_matches(maps, maps, kernel_size=m.kernel_size, half=m.half, budget=m.budget)
-    other = ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    m, (all_maps, all_y) = self.matcher, (gather(maps), gather(y))
+    v = best_matches(maps, all_maps, kernel_size=m.kernel_size, half=m.half, budget=m.budget)
+    here = rank_size()[0]*len(y)+torch.arange(len(y), device=y.device)
+    other = here[:,None]!=torch.arange(len(all_y), device=y.device)
     z = v.new_zeros(other.shape).masked_scatter(other, m.logits(v[other]))
-    return hard_triplet(z, y, self.settings.margin, similarity=True)
+    return hard_triplet(gather(z), all_y, self.settings.margin, similarity=True)
 
 # %% ../../nbs/methods/20_qaconv.ipynb #cebf1aab
 @patch
