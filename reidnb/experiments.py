@@ -40,8 +40,10 @@ RECIPES = { # Name -> module, class of the method, class of its settings, what d
         backbone='small', weights='small', height=128, width=64, epochs=20, decay='cosine')),
     'ice': ('reidnb.methods.ice', 'ICE', 'ICESettings', {}),
     'ice-small': ('reidnb.methods.ice', 'ICE', 'ICESettings', dict(
-        backbone='small', weights='small', height=128, width=64, epochs=10, iterations=40, warmup=0,
-        alpha=.99)),
+        backbone='small', weights='small', height=128, width=64, epochs=6, iterations=25, warmup=1, lr=7e-4,
+        alpha=.99, k1=12, eps=.5, pad=5, blur_radius=1.)),
+    'spcl': ('reidnb.methods.proxies', 'SpCL', 'SpCLSettings', {}),
+    'cap': ('reidnb.methods.proxies', 'CAP', 'CAPSettings', {}),
 }
 
 # %% ../nbs/practice/35_experiments.ipynb #cc98e533

@@ -50,7 +50,8 @@ def test_unknown_recipe_lists_those_there_are(tmp_path):
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     args = [*RUN, *SMALL, '--epochs', '4000', '--decay', 'none', '--out', str(tmp_path / 'run'), '--no-report']
-    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's `&` ignores it
     deadline = time.time() + 120
     while not (tmp_path / 'run' / 'checkpoint.pt').exists() and time.time() < deadline: time.sleep(.05)
     p.send_signal(signal.SIGINT)
