@@ -19,7 +19,7 @@ from .cards import make_card, write_card
 from .crops import ReIDData
 from .experiments import check, describe, device, recipe
 from .postprocessing import score_posts
-from .training import fit, read_log, seed_everything
+from .training import fit, seed_everything
 
 # %% ../nbs/practice/37_ablations.ipynb #b68a9d33
 def _train_one(

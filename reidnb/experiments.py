@@ -37,7 +37,11 @@ RECIPES = { # Name -> module, class of the method, class of its settings, what d
         cut_at='layer4', last_stride=1, neck='1x1', normalise=True, occlusion='re', batch_size=16, lr=.02)),
     'scr': ('reidnb.methods.scr', 'SCR', 'SCRSettings', {}),
     'scr-small': ('reidnb.methods.scr', 'SCR', 'SCRSettings', dict(
-        backbone='small', weights='small', height=128, width=64, epochs=20, decay='cosine')),
+        backbone='small', weights='small', height=96, width=48, epochs=12, warmup=1, epoch_of='images',
+        decay='cosine', lr=1e-2, backbone_lr=.1)),
+    'pcb': ('reidnb.methods.scr', 'SCR', 'SCRSettings', dict(
+        architecture='pcb', optimizer='sgd', lr=.1, backbone_lr=.1, epochs=60, steps=(40,), width=128, p=16,
+        epoch_of='shuffle', triplet=False, weight=6.)),
     'ice': ('reidnb.methods.ice', 'ICE', 'ICESettings', {}),
     'ice-small': ('reidnb.methods.ice', 'ICE', 'ICESettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=6, iterations=25, warmup=1, lr=7e-4,
