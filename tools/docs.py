@@ -148,7 +148,7 @@ class Site:
 
     def links(self, page: Page, text: str) -> str:
         """Markdown with its relative links turned to the site's; code stays as it is"""
-        parts = re.split(r'(^```.*?^```|`[^`\n]+`(?!\]))', text, flags=re.M | re.S)
+        parts = re.split(r'(^```.*?^```|`(?!\]\()[^`\n]+`(?!\]))', text, flags=re.M | re.S)
         for k in range(1, len(parts), 2): parts[k] = parts[k].replace('](', ']\0(')
         return re.sub(LINK, lambda m: f'[{m[1]}]({self.target(page, m[2])})', ''.join(parts)).replace('\0', '')
 
