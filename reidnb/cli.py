@@ -28,6 +28,8 @@ from .matching import correspondences, draw_matches
 from .postprocessing import score_posts
 from .processes import rank_size
 from .search import Gallery, build_gallery, show_hits
+from .temporal import is_video
+from .tracklet_evaluation import by_tracklet, score_tracklets
 from .training import Method, NonFiniteLoss, load_model, score
 from .world import make_site, write_market
 
@@ -104,7 +106,8 @@ class Train(DataOptions):
         if self.report and r.after and rank_size()[0]==0: report_run(r, data)
         before = [f'before training  {r.before.metrics}'] if r.before else []
         after = [f'after training   {r.metrics}'] if r.metrics else ['no test part: nothing was scored']
-        return '\n'.join([*before, *after, f'model, log, card and report are in {out}'])
+        made = 'model, log, card and report' if self.report and r.after else 'model, log and card'
+        return '\n'.join([*before, *after, f'{made} are in {out}'])
 
 # %% ../nbs/practice/40_cli.ipynb #a3a1efaf
 @dataclass(kw_only=True)
@@ -115,6 +118,10 @@ class Eval(DataOptions):
     rerank:bool=False # Also re-rank by k-reciprocal neighbours
     tlift:bool=False # Also lift by time; the data must know cameras and seconds
     tfusion:bool=False # Also fuse with transfer times
+    per:Literal['auto','image','tracklet']='auto' # What is searched; `auto`: tracklets in a video set, else images
+    frames:int=15 # Frames to read of a tracklet
+    sampling:Literal['even','random']='even' # Which frames
+    pooling:Literal['tp','tpp']='tp' # Mean of the frames, or means of beginning, middle and end in a row
     out:str='' # Result card to write, `*.json`
 
     def posts(self):
@@ -129,8 +136,10 @@ class Eval(DataOptions):
         data.need('query', 'gallery')
         check(data)
         seconds, options = {}, dict(progress=True, ap=self.ap)
-        found = score_posts(method, data, posts, seconds=seconds, **options) if posts[1:] else \
-            {'none': score(method, data, **options)}
+        if self.per=='tracklet' or self.per=='auto' and is_video(data):
+            found = {'none': self.by_tracklet(method, data, posts, options)}
+        elif posts[1:]: found = score_posts(method, data, posts, seconds=seconds, **options)
+        else: found = {'none': score(method, data, **options)}
         scores = {k: m.to_dict() for k,m in found.items()} if posts[1:] else found['none'].to_dict()
         card = make_card('eval', method.settings, describe(data), scores,
                          seconds or time.perf_counter()-start, method.settings.seed,
@@ -138,6 +147,12 @@ class Eval(DataOptions):
         if self.out: write_card(card, self.out)
         lines = [f'{k+":":12}{m}' for k,m in found.items()] if posts[1:] else [str(found['none'])]
         return f'{self.model} on {data.name}: ' + '\n'.join(['']*bool(posts[1:]) + lines)
+
+    def by_tracklet(self, method, data, posts, options):
+        "Score walks instead of crops"
+        if posts[1:]: raise ValueError('--rerank, --tlift and --tfusion work on images: add --per image')
+        return score_tracklets(method, by_tracklet(data), T=self.frames, how=self.sampling,
+                               groups=3 if self.pooling=='tpp' else 1, seed=self.data_seed, **options)
 
 # %% ../nbs/practice/40_cli.ipynb #92ef7bc3
 @dataclass(kw_only=True)

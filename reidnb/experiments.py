@@ -22,6 +22,8 @@ from .datasets import load
 from .folders import from_csv, make_data, split_ids, split_query_gallery
 from .processes import rank_size
 from .report import Outcome, measure, write_report
+from .temporal import is_video
+from .tracklet_evaluation import score_tracklets
 from .training import Method, Settings, fit, read_log, score, seed_everything
 from .world import make_site
 
@@ -194,7 +196,8 @@ def _look(
     method:Method, # A method
     data:ReIDData, # Data with query and gallery
 )->Outcome: # Scores; with distances and features when they fit in memory
-    "Measure a method, in blocks when the distance matrix would be too large to keep"
+    "Measure a method, in blocks when the distance matrix would be too large to keep; a video set by tracklet"
+    if is_video(data): return Outcome(metrics=score_tracklets(method, data))
     small = len(data.query)*len(data.gallery) <= 10**8
     if small: return measure(method, data, workers=method.settings.workers)
     return Outcome(metrics=score(method, data))
