@@ -4,8 +4,6 @@ As a script, `test_baseline_losses.py OUT` trains every loss in one of two proce
 """
 import json
 import os
-import socket
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from children import finish, same, start_world
 from reidnb.contract import load_model, save_model
 from reidnb.crops import toy_crops
 from reidnb.methods.baseline import Baseline, BaselineSettings
@@ -181,13 +180,6 @@ class Stopped(Baseline):
         if not self.left: raise KeyboardInterrupt
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.mark.parametrize('loss', ['arc', *STATEFUL])
 def test_stopped_and_resumed_equals_never_stopped(loss, tmp_path):
     whole = build(loss)
@@ -206,17 +198,9 @@ def test_stopped_and_resumed_equals_never_stopped(loss, tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     "Every loss: same values as one process, and the same centres and memories in both"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
-                            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    pair = [subprocess.Popen([sys.executable, __file__, str(tmp_path / 'two')], text=True, stderr=subprocess.PIPE,
-                             env=env | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
+    pair = start_world(__file__, tmp_path / 'two')
     train_all(tmp_path / 'one')
-    for p in pair:
-        err = p.communicate(timeout=300)[1]
-        assert p.returncode == 0, err[-3000:]
+    finish(pair)
     runs = sorted(p.name for p in (tmp_path / 'one').iterdir())
     assert len(runs) == len(LOSSES) + len(STATEFUL)
     for name in runs:

@@ -1,8 +1,5 @@
 "Memories and teachers: equal to literal loops for any batch, the same in every process, whole after a checkpoint."
 import copy
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from children import finish, same, start_world
 from reidnb.memory import (CameraProxyMemory, ClassMapMemory, ClusterProxyMemory, ExemplarMemory, HybridMemory,
                            keep_schedule)
 from reidnb.teacher import EMATeacher, ema_rate
@@ -161,9 +159,6 @@ def every_memory():
     return m
 
 
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_rules():
     "No parameter, no gradient, float32 through every conversion, copied and loaded whole into other sizes"
     m = every_memory()
@@ -238,24 +233,13 @@ def test_keep_schedules():
     assert keep_schedule(90, most=.8) == .8 and keep_schedule(30, .5 / 60) == .25
 
 
-def start(out, rank, port):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
-           'MASTER_PORT': str(port)}
-    return subprocess.Popen([sys.executable, str(CHILD), str(out)], env=env, stderr=subprocess.PIPE, text=True)
-
-
 def test_two_processes_equal_one(tmp_path):
     "Half batches in two processes: the same rows to the bit; a bad value in one of them stops both"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    pair = [start(tmp_path, r, port) for r in range(2)]
+    pair = start_world(CHILD, tmp_path)
     sys.path.insert(0, str(CHILD.parent))
     import memory_child
     one = memory_child.run()
-    for p in pair:
-        err = p.communicate(timeout=120)[1]
-        assert p.returncode == 0, err[-3000:]
+    finish(pair)
     two = [torch.load(tmp_path / f'{r}.pt') for r in range(2)]
     for r in two:
         assert same(r['memories'], one['memories'])

@@ -1,8 +1,6 @@
 "Killing, resuming, a full disk, and two processes: real runs of `fit` in processes of their own."
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,60 +8,41 @@ import pytest
 import safetensors.torch
 import torch
 
+from children import finish, plain, same, start, start_world
 from reidnb.state import load_checkpoint, save_checkpoint
 from reidnb.training import read_log
 
 CHILD = Path(__file__).parent / 'train_child.py'
 
 
-def start(*args, **env):
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.Popen([sys.executable, str(CHILD), *map(str, args)], env=env, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, code=0):
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == code, err[-3000:]
-
-
-def plain(run): return [{k: v for k, v in row.items() if k != 'seconds'} for row in read_log(run)]
-
-
-def same_tensors(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same_tensors, a, b))
-    return a == b
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     "A run of four epochs that nobody stopped"
     out = tmp_path_factory.mktemp('runs') / 'whole'
-    finish(start(out, 4))
+    finish(start(CHILD, out, 4))
     return out
 
 
 @pytest.mark.parametrize('step', [6, 11])
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, step):
     out = tmp_path / 'killed'
-    finish(start(out, 4, step), -signal.SIGKILL)
+    finish(start(CHILD, out, 4, step), -signal.SIGKILL)
     assert not (out / 'model.safetensors').exists()
     rows = (out / 'log.jsonl').read_text().count('"loss"')
     assert 0 < rows == step - 1   # the step that was cut wrote no row
-    finish(start(out, 4))
+    finish(start(CHILD, out, 4))
     assert plain(out) == plain(whole)
     a, b = (safetensors.torch.load_file(d / 'model.safetensors') for d in (whole, out))
-    assert same_tensors(a, b)
+    assert same(a, b)
     a, b = (load_checkpoint(d / 'checkpoint.pt') for d in (whole, out))
-    for key in ('optimizer', 'method', 'rng', 'epoch', 'step'): assert same_tensors(a[key], b[key]), key
+    for key in ('optimizer', 'method', 'rng', 'epoch', 'step'): assert same(a[key], b[key]), key
 
 
 def test_killed_in_the_first_epoch_starts_anew(whole, tmp_path):
     out = tmp_path / 'early'
-    finish(start(out, 4, 2), -signal.SIGKILL)
+    finish(start(CHILD, out, 4, 2), -signal.SIGKILL)
     assert not (out / 'checkpoint.pt').exists()
-    finish(start(out, 4))
+    finish(start(CHILD, out, 4))
     assert plain(out) == plain(whole)
 
 
@@ -85,13 +64,8 @@ def test_loader_processes_do_not_change_the_run(whole, tmp_path):
 
 def test_two_processes_equal_one(whole, tmp_path):
     "Batch norm over both, triplets over both: the loss of the global batch is the loss of one process"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     out = tmp_path / 'two'
-    env = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    pair = [start(out, 4, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
-    for p in pair: finish(p)
+    finish(start_world(CHILD, out, 4))
     one, two = ([r for r in read_log(d) if 'loss' in r] for d in (whole, out))
     assert len(one) == len(two)
     for a, b in zip(one, two):

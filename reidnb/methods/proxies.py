@@ -6,13 +6,15 @@
 __all__ = ['SpCLSettings', 'SpCL', 'CAPSettings', 'CAP']
 
 # %% ../../nbs/methods/75_proxies.ipynb #fa914188
-import torch
-import torch.nn.functional as F
 import time
-from torchvision.transforms import v2 as T
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
+from torchvision.transforms import v2 as T
+
 from ..backbones import Encoder, make_backbone
 from ..clustering import Clusters, cluster_stats, dbscan, reliable
 from ..crops import Crops
@@ -20,9 +22,9 @@ from ..losses.contrastive import camera_proxy_loss
 from ..losses.hybrid import hybrid_loss, intra_camera_loss
 from ..memory import CameraProxyMemory, HybridMemory
 from ..processes import gather
-from ..pseudo_labels import labelled_epoch, pseudo_labels, shared_features
+from ..pseudo_labels import ClusterSettings, labelled_epoch, pseudo_labels, shared_features
 from ..samplers import CameraDiversePK, FixedLength, MoreCameraPK, PKSampler
-from ..training import Method, Settings
+from ..training import Method
 from ..transforms import RandomErasing, pipeline
 
 # %% ../../nbs/methods/75_proxies.ipynb #95fb8028
@@ -49,26 +51,16 @@ def _sampler(s, labels, crops):
 
 # %% ../../nbs/methods/75_proxies.ipynb #4ce1451b
 @dataclass(frozen=True)
-class SpCLSettings(Settings):
+class SpCLSettings(ClusterSettings):
     "Settings of SpCL (Ge et al. 2020)"
     epochs:int=50 # Epochs; labels are renewed at the start of each
-    iterations:int=400 # Batches an epoch; 0: one pass over the classes
     steps:tuple[int, ...]=(20, 40) # Epochs at which the rate falls
-    backbone:str='resnet50' # Network, see `make_backbone`
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    last_stride:int=1 # Stride of the last stage
-    pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
     p:int=16 # Classes in a batch, clusters or single outliers
-    k:int=4 # Images of each
     sampler:Literal['auto','camera-diverse','plain']='auto' # `auto`: cameras where all crops have one
-    pad:int=10 # Zero padding before the random crop, pixels
     erase:float=.5 # Probability of erasing
-    eps:float=.6 # Radius of DBSCAN
+    eps:float=.6 # Radius of DBSCAN in Jaccard distance
     gap:float=.02 # Distance to the tighter and the looser radius; 0: every cluster is reliable
     keep:float=.9 # Share of clusters, and of crops, that pass in the first epoch
-    min_samples:int=4 # Crops within the radius that make a core
-    k1:int=30 # Neighbours of the reciprocal sets
-    k2:int=6 # Neighbours whose weights are averaged
     momentum:float=.2 # Keep rate of the memory
     temperature:float=.05 # Divides the similarities
     guard:float=1e-6 # The code's guard in the softmax; 0: none
@@ -130,25 +122,16 @@ def paced(self:SpCL,
 
 # %% ../../nbs/methods/75_proxies.ipynb #4a815819
 @dataclass(frozen=True)
-class CAPSettings(Settings):
+class CAPSettings(ClusterSettings):
     "Settings of CAP (Wang et al. 2021)"
     epochs:int=50 # Epochs; labels are renewed at the start of each
     iterations:int=0 # Batches an epoch; 0: one pass over the clusters
     warmup:int=10 # Epochs of warm-up
     steps:tuple[int, ...]=(20, 40) # Epochs at which the rate falls
-    backbone:str='resnet50' # Network, see `make_backbone`
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    last_stride:int=1 # Stride of the last stage
-    pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
-    p:int=8 # Clusters in a batch
-    k:int=4 # Images of each
     sampler:Literal['camera-first','camera-diverse','plain']='camera-first' # Images of a cluster
-    pad:int=10 # Zero padding before the random crop, pixels
     erase:float=0. # Probability of erasing
-    eps:float=.5 # Radius of DBSCAN
-    min_samples:int=4 # Crops within the radius that make a core
+    eps:float=.5 # Radius of DBSCAN in Jaccard distance
     k1:int=20 # Neighbours of the reciprocal sets
-    k2:int=6 # Neighbours whose weights are averaged
     momentum:float=.2 # Keep rate of the proxies
     temperature:float=.07 # Divides the cosines
     inter:float=.5 # Weight of the loss across cameras

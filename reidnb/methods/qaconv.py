@@ -209,8 +209,9 @@ def distance(self:QAConvMethod,
     query:Tensor, # Features, `(Q,D)`
     gallery:Tensor, # Features, `(G,D)`
 )->Tensor: # `1-sigmoid(z/10)` in `(0,1)`, float32 `(Q,G)`
-    "Match all pairs, in tiles, with a matcher that is in eval mode"
-    s, (q, g) = self.settings, (x.unflatten(1, self.encoder.shape) for x in (query, gallery))
+    "Match all pairs, in tiles, with a matcher in eval mode; a set with itself takes one product per pair"
+    s, q = self.settings, query.unflatten(1, self.encoder.shape)
+    g = q if gallery is query else gallery.unflatten(1, self.encoder.shape)   # one product, both roles
     with _evaluating(self.matcher): p = score_matrix(self.matcher, q, g, half=self.matcher.half)
     if s.global_weight:
         cosine = global_feature(q)@global_feature(g).T
