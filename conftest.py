@@ -7,7 +7,9 @@ import os
 import sys
 import traceback
 
-import pytest
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: processes, not threads
+
+import pytest  # noqa: E402
 
 FLAGS = ('slow', 'cuda')
 

@@ -6,6 +6,7 @@
 __all__ = ['World', 'DataOptions', 'Train', 'Eval', 'Search', 'Match', 'Demo', 'Bench', 'main']
 
 # %% ../nbs/practice/40_cli.ipynb #8d907115
+import json
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ from tyro.conf import Positional, subcommand
 
 from .bench import JOBS, bench, growth, table
 from .cards import make_card, write_card
-from .crops import Crops
+from .crops import Crops, ReIDData
 from .experiments import (RECIPES, check, describe, device, open_data, recipe, report_run,
                                 run_experiment)
 from .extraction import extract
@@ -110,6 +111,19 @@ class Train(DataOptions):
         return '\n'.join([*before, *after, f'{made} are in {out}'])
 
 # %% ../nbs/practice/40_cli.ipynb #a3a1efaf
+def _other_split(
+    model:str, # Folder of a run, or anything else
+    data:ReIDData, # Data to score on
+)->list: # A warning, or nothing
+    "Warn when a run has seen another split of the data it is to be tested on"
+    path = Path(model)/'card.json'
+    if not path.exists(): return []
+    used = json.loads(path.read_text())['data']
+    if used['name']!=data.name or used['fingerprint']==data.fingerprint(): return []
+    return [f'warning: {model} was trained on another split of {data.name}: people tested here may be people '
+            f'it was trained on; give --data-seed, --train-people and --test-people of the training']
+
+# %% ../nbs/practice/40_cli.ipynb #0b87a33d
 @dataclass(kw_only=True)
 class Eval(DataOptions):
     "Score a trained model on query and gallery of any data"
@@ -118,7 +132,7 @@ class Eval(DataOptions):
     rerank:bool=False # Also re-rank by k-reciprocal neighbours
     tlift:bool=False # Also lift by time; the data must know cameras and seconds
     tfusion:bool=False # Also fuse with transfer times
-    per:Literal['auto','image','tracklet']='auto' # What is searched; `auto`: tracklets in a video set, else images
+    per:Literal['auto','image','tracklet']='auto' # What is searched; `auto`: walks in a video set
     frames:int=15 # Frames to read of a tracklet
     sampling:Literal['even','random']='even' # Which frames
     pooling:Literal['tp','tpp']='tp' # Mean of the frames, or means of beginning, middle and end in a row
@@ -132,7 +146,7 @@ class Eval(DataOptions):
     def run(self):
         method = load_model(self.model).to(device())
         data, start, posts = self.open(method.settings.height), time.perf_counter(), self.posts()
-        print(data, flush=True)
+        print(data, *_other_split(self.model, data), sep='\n', flush=True)
         data.need('query', 'gallery')
         check(data)
         seconds, options = {}, dict(progress=True, ap=self.ap)

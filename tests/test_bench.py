@@ -1,4 +1,7 @@
 """Every side of every benchmark runs, and ours and the published way give the same numbers."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -29,3 +32,10 @@ def test_simulated_features_are_people_and_cameras():
     same, cam = y[:, None] == y, c[:, None] == c
     assert s[same].mean() > s[~same].mean() + .3 and s[~same & cam].mean() > s[~same & ~cam].mean()
     assert table([]).count('\n') == 1
+
+
+@pytest.mark.slow
+def test_from_the_shell():
+    r = subprocess.run([sys.executable, '-m', 'reidnb.cli', *'bench evaluate --scale .01 --threads 1'.split()],
+                       capture_output=True, text=True)
+    assert r.returncode == 0 and 'one argsort' in r.stdout, r.stderr[-500:]
