@@ -154,7 +154,8 @@ def grid_epochs(
     runs = [r['epochs'] for r in card['metrics']['rows']
             if (r['variant'], r['seed'])==(variant, seed) and 'epochs' in r]
     if not runs or not any(fact in e for e in runs[0]): raise ValueError(
-        f'the card has no {fact!r} of {variant!r} with seed {seed}: its method tells none, or it is an old card')
+        f'the card has no {fact!r} of {variant!r} with seed {seed}: the method tells none, or the '
+        'card is an old card')
     return [e.get(fact, float('nan')) for e in runs[0]]
 
 # %% ../nbs/practice/37_ablations.ipynb #10b2b829

@@ -1,4 +1,4 @@
-"Squeeze-and-excitation blocks and Grad-CAM against their equations; loaded weights survive the conversion."
+"Squeeze-and-excitation, soft masks and Grad-CAM against their equations; loaded weights survive the conversion."
 import copy
 
 import numpy as np
@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from reidnb.attention import SqueezeExcite, add_se, grad_cam, overlay, spread
+from reidnb.attention import SoftMask, SqueezeExcite, add_residual_attention, add_se, grad_cam, overlay, spread
 from reidnb.backbones import make_backbone, split_backbone
 
 
@@ -77,6 +77,90 @@ def test_refusals():
     with pytest.raises(ValueError, match='already'): add_se(add_se(make_backbone('small')))
     with pytest.raises(ValueError, match='no residual blocks'): add_se(make_backbone('mobilenet_v2'))
     with pytest.raises(ValueError, match='at least 1'): SqueezeExcite(8, 0)
+
+
+# --- residual attention
+
+
+@settings(max_examples=20, deadline=None)
+@given(c=st.sampled_from([4, 8]), out=st.sampled_from([0, 3]), depth=st.integers(1, 3), h=st.integers(1, 13), w=st.integers(1, 7),
+       size=st.sampled_from([None, (5, 2)]), seed=st.integers(0, 99))
+def test_mask_of_any_size(c, out, depth, h, w, size, seed):
+    "In (0,1), of the size asked for; images of a batch do not touch each other"
+    torch.manual_seed(seed)
+    mask, x = SoftMask(c, out, depth, start=0.).eval(), torch.randn(2, c, h, w)
+    m = mask(x, size)
+    assert m.shape == (2, out or c, *(size or (h, w))) and 0 < m.min() and m.max() < 1
+    assert torch.allclose(m[:1], mask(x[:1], size), atol=1e-5)
+
+
+@pytest.mark.parametrize('name,index', [('small', 0), ('resnet18', 1), ('resnet50', 1)])
+def test_masked_block_is_one_plus_mask_times_trunk(name, index):
+    "Wang et al. 2017, eq. 3, on the last block of layer2: where stride and width may change, and where not"
+    torch.manual_seed(0)
+    net = add_residual_attention(make_backbone(name), start=0.).eval()
+    stage = net.get_submodule('layer2')
+    block = stage[-1]
+    x = torch.randn(2, block.conv1.in_channels, 8, 4)
+    trunk = (Bottleneck if isinstance(block, Bottleneck) else BasicBlock).forward(block, x)
+    m = block.mask(x, trunk.shape[2:])
+    assert m.shape == trunk.shape and torch.allclose(block(x), (1 + m) * trunk)
+    assert not any(hasattr(b, 'mask') for b in stage[:-1]) and len(stage) > index
+
+
+@pytest.mark.parametrize('name', ['small', 'resnet18', 'resnet50'])
+def test_masks_leave_old_weights_and_names(name):
+    torch.manual_seed(0)
+    net, x = make_backbone(name).eval(), torch.randn(2, 3, 64, 32)
+    old, before = {k: v.clone() for k, v in net.state_dict().items()}, net(x)
+    new = add_residual_attention(net, start=-40.).eval()
+    assert all(torch.equal(new.state_dict()[k], v) for k, v in old.items())
+    extra = [k for k in new.state_dict() if k not in old]
+    assert extra and {k.split('.mask.')[0].split('.')[0] for k in extra} == {'layer1', 'layer2', 'layer3'}
+    assert torch.allclose(new(x), before, rtol=1e-4, atol=1e-5)
+    for b in (m for m in new.modules() if hasattr(m, 'mask')): torch.nn.init.constant_(b.mask.last[-1].bias, 0.)
+    assert not torch.allclose(new(x), before, atol=1e-3)
+
+
+def test_masks_are_split_frozen_copied_and_trained():
+    net = add_residual_attention(make_backbone('small'))
+    shared, tails = split_backbone(net, 'layer2', 2)
+    x = torch.randn(2, 3, 64, 32)
+    assert torch.equal(tails[0].eval()(shared.eval()(x)), net.eval()(x))
+    assert copy.deepcopy(net).state_dict().keys() == net.state_dict().keys()
+    net.train()(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    cold = add_residual_attention(make_backbone('small', frozen_stages=3))
+    for i in range(5):
+        for m in cold.modules_of(i): assert all(p.requires_grad == (i >= 3) for p in m.parameters())
+
+
+def test_mask_learns_where_to_read():
+    "A patch marked in channel 0 holds the number to predict in channel 1; elsewhere channel 1 is noise"
+    torch.manual_seed(0)
+    x = torch.randn(64, 4, 8, 4)
+    inside = torch.zeros(64, 8, 4, dtype=torch.bool)
+    for n in range(64): inside[n, n % 6:n % 6 + 3, n % 3:n % 3 + 2] = True
+    y = torch.randn(64)
+    x[:, 0] = 3. * inside
+    x[:, 1] = torch.where(inside, y[:, None, None], x[:, 1])
+    mask = SoftMask(4, start=0.)
+    optimizer = torch.optim.Adam(mask.parameters(), .02)
+    for _ in range(60):
+        read = ((1 + mask(x))[:, 1] * x[:, 1]).mean((1, 2)) * 32 / 12
+        optimizer.zero_grad()
+        (read - y).square().mean().backward()
+        optimizer.step()
+    m = mask(x)[:, 1]
+    assert m[inside].mean() > m[~inside].mean() + .2
+
+
+def test_refusals_of_masks():
+    with pytest.raises(ValueError, match='already'): add_residual_attention(add_se(make_backbone('small')))
+    with pytest.raises(ValueError, match='already'): add_se(add_residual_attention(make_backbone('small')))
+    with pytest.raises(ValueError, match='no residual blocks'): add_residual_attention(make_backbone('mobilenet_v2'))
+    for k in (dict(channels=6), dict(channels=8, depth=0)):
+        with pytest.raises(ValueError, match='multiple of 4'): SoftMask(**k)
 
 
 @settings(max_examples=20, deadline=None)

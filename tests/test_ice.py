@@ -1,10 +1,6 @@
 "ICE, SpCL and CAP: one iteration against a literal transcription, every switch, bad epochs, resume, several processes."
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +12,18 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from children import finish, plain, same, start, start_world
 from reidnb.crops import toy_crops
 from reidnb.experiments import open_data, run_experiment
 from reidnb.memory import CameraProxyMemory, ClusterProxyMemory
 from reidnb.methods.ice import ICE, ICESettings, ice_terms, ice_views
 from reidnb.methods.proxies import CAP, CAPSettings, SpCL, SpCLSettings
 from reidnb.state import load_checkpoint
-from reidnb.training import fit, load_model, read_log, save_model, schedule, seed_everything
+from reidnb.training import fit, load_model, save_model, schedule, seed_everything
 from reidnb.views import method_views
 
 CHILD = Path(ice_child.__file__)
+CLOCK = 'seconds', 'share'
 SMALL = ice_child.SMALL | dict(alpha=.9, eps=.5, epochs=2)
 
 
@@ -222,6 +220,64 @@ def test_samplers():
     assert rows[0] == rows[1], 'an agnostic run does not look at cameras'
 
 
+class NoCameras:
+    "Crops whose cameras nobody may read"
+    def __init__(self, crops): self.__dict__['crops'] = crops
+    def __len__(self): return len(self.crops)
+    def __getattr__(self, name):
+        if name in ('cams', 'n_cams', 'has_cams'): raise AssertionError(f'{name} was read')
+        return getattr(self.crops, name)
+
+
+@pytest.mark.parametrize('reads', [True, False])
+def test_a_camera_free_run_never_reads_a_camera(reads):
+    "Not in the sampler, not in the loss; camera-first sampling does, so the trap works"
+    method = small(memory='agnostic', sampler='camera-first' if reads else 'auto')
+    assert (method.cams == -1).all()
+    method.labels.copy_(torch.from_numpy(method.crops.labels()))
+    method.crops = NoCameras(method.crops)
+    if reads:
+        with pytest.raises(AssertionError, match='cams was read'): method.plan()
+        return
+    batches = method.plan().batches()
+    assert all(len(b) == SMALL['p'] * SMALL['k'] for b in batches)
+    ICE(ICESettings(**{**SMALL, 'memory': 'agnostic'}), NoCameras(toy_crops(8, 2, 3)))
+
+
+def test_spoiled_cameras_change_no_agnostic_number(tmp_path):
+    "Shuffled or absent: the loss of an agnostic run is the same to the last bit"
+    toy = toy_crops(8, 2, 3)
+    logs = []
+    for n, cams in enumerate((toy.cams, np.random.default_rng(0).permutation(toy.cams), np.full(len(toy), -1))):
+        log = fit(small(toy.replace(cams=cams), memory='agnostic'), tmp_path / str(n), progress=False)
+        logs.append([r['loss'] for r in log if 'loss' in r])
+    assert logs[0] == logs[1] == logs[2]
+
+
+def test_wrong_cameras_change_proxies_and_no_label(tmp_path):
+    "Clusters never look at cameras; a run with wrong ones goes on with other proxies"
+    toy = toy_crops(8, 2, 3)
+    wrong = toy.replace(cams=np.random.default_rng(0).permutation(toy.cams))
+    a, b = small(toy), small(wrong)
+    next(iter(a.epoch(0))), next(iter(b.epoch(0)))
+    assert torch.equal(a.labels, b.labels) and torch.equal(a.agnostic.proxies, b.agnostic.proxies)
+    assert a.aware.proxies.shape != b.aware.proxies.shape or not torch.equal(a.aware.proxies, b.aware.proxies)
+    assert all(math.isfinite(r['loss']) for r in fit(small(wrong), tmp_path, progress=False) if 'loss' in r)
+
+
+def test_truth_trains_on_people(tmp_path):
+    toy = toy_crops(8, 2, 3)
+    order = np.random.default_rng(0).permutation(len(toy))
+    method = small(toy[order], truth=True)
+    log = fit(method, tmp_path, progress=False)
+    assert np.array_equal(method.labels.numpy(), toy[order].labels()) and len(method.agnostic.proxies) == 8
+    facts = [r for r in log if 'images' in r]
+    assert all(r['clusters'] == 8 and r['outliers'] == 0 and r['purity'] == 1 and 'eps' not in r for r in facts)
+    for n in range(8):
+        mean = method.label().features[method.labels == n].mean(0)
+        assert mean.norm() <= 1 + 1e-5, 'a proxy is a mean of unit rows, not a unit row'
+
+
 # ------------------------------------------------------------------------------ METHODS 13
 
 def test_exact_checks(fixed):
@@ -305,34 +361,12 @@ def test_nothing_near_anything_is_said():
 
 # ------------------------------------------------------------------------------ runs
 
-def run(*args, **env):
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.Popen([sys.executable, str(CHILD), *map(str, args)], env=env, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, code=0):
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == code, err[-3000:]
-
-
-def plain(out):
-    "The log without what a clock measured"
-    return [{k: v for k, v in row.items() if 'seconds' not in k and 'share' not in k} for row in read_log(out)]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b) or (a.isnan().all() and b.isnan().all())
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     "A function that gives the folder of a run of three epochs that nobody stopped"
     out = tmp_path_factory.mktemp('runs')
     def folder(name):
-        if not (out / name).exists(): finish(run(name, out / name, 3))
+        if not (out / name).exists(): finish(start(CHILD, name, out / name, 3))
         return out / name
     return folder
 
@@ -343,10 +377,10 @@ SLOW = pytest.mark.slow   # every child process imports torch: the rest is for -
 @pytest.mark.parametrize('name', ['ice', 'spcl', pytest.param('cap', marks=SLOW)])
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, name):
     out = tmp_path / 'killed'
-    finish(run(name, out, 3, 6), -signal.SIGKILL)
+    finish(start(CHILD, name, out, 3, 6), -signal.SIGKILL)
     assert (out / 'checkpoint.pt').exists() and not (out / 'model.safetensors').exists()
-    finish(run(name, out, 3))
-    assert plain(out) == plain(whole(name))
+    finish(start(CHILD, name, out, 3))
+    assert plain(out, CLOCK) == plain(whole(name), CLOCK)
     a, b = (safetensors.torch.load_file(d / 'model.safetensors') for d in (whole(name), out))
     assert same(a, b)
     a, b = (load_checkpoint(d / 'checkpoint.pt') for d in (whole(name), out))
@@ -356,13 +390,8 @@ def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, name):
 @pytest.mark.parametrize('name', ['ice', pytest.param('spcl', marks=SLOW), pytest.param('cap', marks=SLOW)])
 def test_two_processes_equal_one(whole, tmp_path, name):
     "First labels equal; the first step to 1e-4, the first epoch to 2 % (rounding, then Adam); later labels may part"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    pair = [run(name, tmp_path / 'two', 3, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
-    for p in pair: finish(p)
-    one, two = plain(whole(name)), plain(tmp_path / 'two')
+    finish(start_world(CHILD, name, tmp_path / 'two', 3))
+    one, two = (plain(d, CLOCK) for d in (whole(name), tmp_path / 'two'))
     assert len(one) == len(two)
     first = [r for r in one if 'loss' in r][0], [r for r in two if 'loss' in r][0]
     for k in first[0]: assert abs(first[0][k] - first[1][k]) < 1e-4 * (1 + abs(first[0][k])), ('before any update', k)
@@ -467,6 +496,43 @@ def test_cap_terms_and_updates():
     assert set(moved.tolist()) == set(touched.tolist())
     with pytest.raises(ValueError, match='CAP needs it'):
         CAP(CAPSettings(**ice_child.SMALL), toy_crops(4, 2, 2).replace(cams=None))
+
+
+@pytest.mark.parametrize('name', ['spcl', 'cap'])
+@pytest.mark.parametrize('case', ['noise', 'one cluster', 'one camera', 'one image', 'tiny'])
+def test_baselines_survive_bad_epochs(name, case, tmp_path):
+    "The edge row of METHODS 13: a run ends, and its loss is a number"
+    toy = toy_crops(8, 2, 3)
+    crops, changes = {
+        'noise': (toy, dict(eps=.0201)), 'one cluster': (toy[toy.pids == 1], dict(min_samples=2)),
+        'one camera': (toy.replace(cams=np.zeros(len(toy))), {}),
+        'one image': (toy_crops(24, 1, 1), dict(min_samples=2)), 'tiny': (toy[:5], dict(k1=30, min_samples=2))}[case]
+    cls, settings = (SpCL, SpCLSettings) if name == 'spcl' else (CAP, CAPSettings)
+    seed_everything(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        s = settings(**{**ice_child.SMALL, 'epochs': 2, 'iterations': 2, **changes})
+        log = fit(cls(s, crops), tmp_path, progress=False)
+    losses = [r['loss'] for r in log if 'loss' in r]
+    assert losses and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize('name', ['ice', 'spcl', 'cap'])
+def test_every_batch_has_p_classes_of_k(name):
+    "The sampler row of METHODS 13, also where the classes do not fill whole batches"
+    method = ice_child.build(name, 1, p=3, k=2)
+    for batch in method.epoch(0):
+        y = method.memory.labels if name == 'spcl' else method.labels
+        assert torch.unique(y[batch.index], return_counts=True)[1].tolist() == [2] * 3
+
+
+def test_proxies_carry_no_gradient():
+    for name in ('spcl', 'cap'):
+        method = ice_child.build(name, 2, inter_from=0) if name == 'cap' else ice_child.build(name, 2)
+        batch = next(iter(method.epoch(0)))
+        sum(method.train()(batch).values()).backward()
+        assert all(b.grad is None and not b.requires_grad for b in method.memory.buffers())
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in method.encoder.parameters())
 
 
 def test_methods_for_use_only_know_no_crops():

@@ -1,12 +1,10 @@
 "Labels of one, two and three processes are equal bit for bit, and an error reaches all of them."
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from children import finish, start, start_world
 
 CHILD = '''
 import os, sys, torch, torch.distributed as dist
@@ -29,16 +27,8 @@ if dist.is_initialized(): dist.destroy_process_group()
 
 def run(folder, world):
     folder.mkdir()
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    more = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world)) if world > 1 else {}
-    pool = [subprocess.Popen([sys.executable, '-c', CHILD, str(folder)], env={**env, **more, 'RANK': str(r)},
-                             stderr=subprocess.PIPE, text=True) for r in range(world)]
-    for p in pool:
-        err = p.communicate(timeout=200)[1]
-        assert p.returncode == 0, err[-3000:]
+    script = ['-c', CHILD]
+    finish(start_world(script, folder, world=world) if world > 1 else start(script, folder))
     return [torch.load(folder / f'{r}.pt', weights_only=True) for r in range(world)]
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from reidnb.crops import ReIDData, toy_crops
 from reidnb.extraction import extract
 from reidnb.matching import best_matches, global_feature
-from reidnb.methods.qaconv import LOSSES, MapEncoder, QAConvMethod, QAConvSettings, combine_all
+from reidnb.methods.qaconv import (LOSSES, MapEncoder, MatchView, QAConvMethod, QAConvSettings, combine_all, contributions,
+                                   explore_matches)
 from reidnb.processes import global_batch_norm, rank_size
 from reidnb.search import build_gallery
 from reidnb.state import load_checkpoint
@@ -222,6 +223,105 @@ def test_global_branch_is_fused():
     m.matcher.load_state_dict(method().matcher.state_dict())
     want = 1 - (p + .5 * global_feature(q) @ global_feature(g).T) / 1.5
     assert torch.allclose(m.distance(q.flatten(1), g.flatten(1)), want, atol=1e-6)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(shared=True), dict(kernel_size=3), dict(global_weight=.1), dict(half='bf16')],
+                         ids=lambda c: '-'.join(c) or 'default')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_a_set_with_itself_is_one_product_with_the_same_numbers(changes, dtype, monkeypatch):
+    "Re-ranking asks for `distance(x, x)`: pairs are multiplied once for both roles, also where roles matter"
+    import reidnb.matching as matching
+    m = method(**changes)
+    torch.nn.init.normal_(m.matcher.fc.weight)
+    x, = maps(37, shape=m.encoder.shape)
+    x, sizes, block = x.flatten(1).to(dtype), [], matching._logit_block
+    monkeypatch.setattr(matching, '_logit_block', lambda q, g, *a: (sizes.append(len(q) * len(g)), block(q, g, *a))[1])
+    two = m.distance(x, x.clone())
+    assert sum(sizes) == 37 * 37
+    sizes.clear()
+    one = m.distance(x, x)
+    assert torch.allclose(one, two, atol=1e-5) and one.shape == (37, 37)
+    assert sum(sizes) < .65 * 37 * 37
+    assert torch.allclose(one, one.T, atol=1e-5) == bool(changes.get('shared')), 'separate weights have roles'
+
+
+# ------------------------------------------------------------------------------------------ what a place adds, and looking at it
+
+@pytest.mark.parametrize('changes', [{}, dict(shared=True), dict(kernel_size=3)], ids=lambda c: '-'.join(c) or 'default')
+def test_contributions_add_up_to_the_logit(changes):
+    m = method(dim=5, **changes).eval()
+    torch.nn.init.normal_(m.matcher.fc.weight)
+    m.matcher.bn1.running_mean.fill_(.3), m.matcher.bn2.weight.data.fill_(.7)
+    q, g = maps(1, 1, shape=m.encoder.shape)
+    parts = contributions(q[0], g[0], m.matcher)
+    assert parts.shape == (2, *m.encoder.shape[1:]) and len(parts.unique()) > 10
+    with torch.no_grad(): z = m.matcher.bn2((parts.sum() + m.matcher.fc.bias)[None])
+    assert torch.allclose(z, m.matcher(q, g), atol=1e-4)
+
+
+def test_contributions_lie_where_the_match_is():
+    "One weight of the query side and one of the gallery side: two places, each on its own map"
+    m = method(dim=5).eval()
+    h, w = m.encoder.shape[1:]
+    with torch.no_grad(): m.matcher.fc.weight.zero_()[0, [h * w + 3 * w + 1, 2 * w]] = 1.   # weights are `[b; a]`
+    parts = contributions(*(x[0] for x in maps(1, 1, shape=m.encoder.shape)), m.matcher)
+    assert parts.nonzero().tolist() == [[0, 3, 1], [1, 2, 0]]
+
+
+def view(**changes):
+    pytest.importorskip('ipywidgets')
+    m, c = method().eval(), toy()
+    return m, c, explore_matches(m, c[c.cams == 0], c, threshold=-1., **changes)
+
+
+def test_the_controls_change_the_picture():
+    m, c, v = view(lines=4)
+    seen = {v.picture.value}
+    def now(): seen.add(v.picture.value); return len(seen)
+    v.controls['lines'].value = 1
+    assert now() == 2
+    v.controls['query_row'].value = 3
+    assert now() == 3
+    v.controls['place'].value = 5
+    assert now() == 4
+    assert v.text.value.split(', ')[-1] == f'{2 * m.encoder.shape[1] * m.encoder.shape[2]} matches'
+    v.controls['threshold'].value = 1.
+    assert now() == 5 and v.text.value.endswith(', 0 matches')
+    for k, x in dict(lines=4, query_row=0, place=1, threshold=-1.).items(): v.controls[k].value = x
+    assert now() == 5, 'the first picture again'
+
+
+def test_the_ranked_list_leaves_out_the_own_camera():
+    m, c, v = view()
+    q = c[c.cams == 0]
+    hidden = {j for j in range(len(c)) if c.pids[j] == q.pids[0] and c.cams[j] == 0}
+    shown, last = [], len(c) - len(hidden)
+    for place in range(1, len(c) + 1):
+        v.controls['place'].value = place
+        shown.append(v.text.value.split(':')[0])
+    assert shown[last:] == shown[last - 1:last] * len(hidden), 'beyond the list: its last'
+    assert set(shown) == {c.file_name(j) for j in range(len(c)) if j not in hidden} and len(set(shown)) == last
+    f = [extract(m, x, height=64, width=32) for x in (q[[0]], c)]
+    d = m.distance(*f)[0]
+    d[sorted(hidden)] = 9.
+    assert shown[:last] == [c.file_name(int(j)) for j in d.argsort(stable=True)[:last]]
+
+
+def test_a_view_is_a_picture_unless_someone_looks(monkeypatch):
+    for name in ('JPY_SESSION_NAME', 'VSCODE_PID'): monkeypatch.delenv(name, raising=False)
+    _, _, v = view()
+    assert isinstance(v, MatchView)
+    still = v._repr_mimebundle_()
+    assert set(still) == {'text/plain', 'image/jpeg'} and sum(map(len, still.values())) < 40_000
+    monkeypatch.setenv('JPY_SESSION_NAME', 'chapter.ipynb')
+    live = v._repr_mimebundle_()
+    assert set(live) == set(still) | {'application/vnd.jupyter.widget-view+json'}
+    assert len(str(live['application/vnd.jupyter.widget-view+json'])) < 200
+
+
+def test_without_widgets_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ipywidgets', None)
+    with pytest.raises(ImportError, match='pip install ipywidgets'): explore_matches(method(), toy(), toy())
 
 
 # ------------------------------------------------------------------------------------------ loss and memory

@@ -18,13 +18,17 @@ from hypothesis import given, settings, strategies as st
 from reidnb.crops import Crops, ReIDData, toy_crops
 from reidnb.datasets import load
 from reidnb.evaluation import cosine_distance, evaluate
+from reidnb.experiments import open_data, recipe, run_experiment
 from reidnb.extraction import extract
 from reidnb.losses.identity import scr_loss
 from reidnb.methods.scr import (SCR, Projected, SCRSettings, TrackletPK, fit_projection, head_cam, scr_architecture)
+from reidnb.reranking import rerank_distances
 from reidnb.state import load_checkpoint
 from reidnb.temporal import sample_frames, tracklets
-from reidnb.tracklet_evaluation import by_tracklet, compare_pooling, embed_tracklets, score_tracklets, tracklet_data, write_mars
+from reidnb.tracklet_evaluation import (by_tracklet, compare_pooling, embed_tracklets, post_tracklets, score_tracklets,
+                                        tracklet_data, tracklet_table, write_mars)
 from reidnb.training import fit, load_model, read_log, save_model, score, seed_everything
+from reidnb.world import make_site
 
 QUICK = dict(backbone='small', weights='none', height=48, width=24, p=4, k=2, epochs=4, steps=(3,), lr=1e-3)
 
@@ -90,7 +94,8 @@ def test_15_identical_frames_give_the_vector_three_times():
     (dict(), 13, 3, 3328), (dict(partition='s'), 8, 3, 2048), (dict(partition='c'), 8, 3, 2048),
     (dict(partition='none'), 3, 3, 768), (dict(branches='p1'), 1, 1, 256), (dict(branches='p2'), 5, 1, 1280),
     (dict(branches='p3'), 7, 1, 1792), (dict(branches='p1+p2'), 6, 2, 1536), (dict(branches='p1+p2+p3+p4'), 22, 4, 5632),
-    (dict(architecture='pcb'), 6, 0, 1536), (dict(architecture='se'), 1, 1, 256), (dict(dim=64), 13, 3, 832)])
+    (dict(architecture='pcb'), 6, 0, 1536), (dict(architecture='se'), 1, 1, 256), (dict(architecture='ra'), 1, 1, 256),
+    (dict(dim=64), 13, 3, 832)])
 def test_architectures(k, heads, triplets, dim):
     a = scr_architecture(SCRSettings(**k))
     assert (len(a.heads), a.n_global, sum(h.widths(2048)[1] for h in a.heads)) == (heads, triplets, dim)
@@ -189,6 +194,16 @@ def test_people_without_label_are_never_drawn():
         method = build(mixed, epoch_of=how, p=2)
         assert all((method.labels[b.index] >= 0).all() for b in method.epoch(0))
     with pytest.raises(ValueError, match='at least 2'): build(crops[crops.pids == 1])
+
+
+def test_one_image_of_each_person():
+    "Drawn K times: positive distances are 0, the loss stays finite (METHODS section 6.5)"
+    crops = toy_crops(n_ids=6, n_cams=1, n_each=1)
+    method = build(crops, p=3, k=4, flip=0.)
+    batches = list(method.epoch(0))
+    assert len(batches) == 2 and all(len(b.index.unique()) == 3 for b in batches)
+    terms = method(batches[0])
+    assert all(torch.isfinite(t) for t in terms.values()) and float(terms['triplet'].detach()) <= 1.2 + 1e-6
 
 
 # --- frames of tracklets
@@ -306,6 +321,45 @@ def test_from_a_mars_tree_to_metrics(walks, tmp_path):
     with pytest.raises(ValueError, match='not an empty folder'): write_mars(data, root)
     method = build(read.train, frames=2)
     assert torch.isfinite(sum(method(next(iter(method.epoch(0)))).values()))
+
+
+def test_walks_re_ranked(walks):
+    "Against `rerank_distances` on pooled features; one row a tracklet, its middle frame"
+    method, data = build(), replace(walks, query=walks.gallery)
+    k = dict(T=7, groups=3)
+    found = post_tracklets(method, data, ('none', 'rr'), options=dict(reranking=dict(k1=4, k2=2)), seconds=(s := {}), **k)
+    x, pids, cams = embed_tracklets(method, data.gallery, **k)
+    d = method.distance(x, x)
+    want = evaluate(rerank_distances(d, d, d, k1=4, k2=2), pids, pids, cams, cams)
+    assert found['rr'].mAP == pytest.approx(want.mAP, abs=1e-6)
+    assert found['none'].mAP == pytest.approx(score_tracklets(method, data, **k).mAP, abs=1e-6)
+    assert {'features', 'distance', 'rr'} <= set(s)
+    t, table = tracklets(data.gallery), tracklet_table(data.gallery)
+    assert (table.pids == t.pids).all() and (table.cams == t.cams).all() and table.images[4] == data.gallery.images[t[4][2]]
+    with pytest.raises(ValueError, match="'x'"): post_tracklets(method, data, ('x',))
+
+
+def test_a_mars_folder_trains_and_is_scored_by_tracklet(tmp_path):
+    "World -> files of MARS -> `open_data` -> `scr-small` on tracklets -> model file -> TP and TPP, random and even"
+    warnings.simplefilter('ignore')   # less than all of MARS, few people
+    site = make_site('campus', n_train=4, n_test=4, per_id=30, height=96, width=48, seed=1)
+    write_mars(site, tmp_path / 'mars')
+    data = open_data('mars', root=tmp_path)
+    assert len(data.train) == len(site.train) and len(tracklets(data.query)) == 4
+    cls, s = recipe('scr-small', epochs=2, frames=1, p=4, k=2)
+    assert cls is SCR and s.frames == 1
+    run = run_experiment('scr-small', data, tmp_path / 'run', s, before=False, progress=False)
+    assert isinstance(run.method.data.batch_sampler, TrackletPK)
+    images = [r['images'] for r in run.log if 'images' in r]
+    assert len(images) == 2 and max(images) <= len(tracklets(data.train)) + 4 < len(data.train)
+    method = load_model(tmp_path / 'run')
+    for how in ('even', 'random'):
+        for groups in (1, 3):
+            k = dict(T=5, how=how, groups=groups)
+            a, b = score_tracklets(method, data, **k), score_tracklets(run.method, data, **k)
+            assert a.mAP == b.mAP and a.n_valid == 4 and a.n_gallery == len(tracklets(data.gallery))
+    assert embed_tracklets(method, data.query, T=5, groups=3)[0].shape == (4, 3 * method.network.dim)
+    assert post_tracklets(method, data, ('rr',), T=5)['rr'].n_valid == 4
 
 
 @pytest.mark.parametrize('name', ['mars', 'dukemtmc-videoreid', 'ilids-vid', 'ls-vid'])
@@ -456,7 +510,7 @@ def test_model_file_holds_no_classifier(whole):
     assert torch.equal(*(extract(m, crops, height=48, width=24) for m in (method, trained)))
 
 
-@pytest.mark.parametrize('k', [dict(), dict(architecture='se'), dict(architecture='pcb', weight=6.)])
+@pytest.mark.parametrize('k', [dict(), dict(architecture='se'), dict(architecture='ra'), dict(architecture='pcb', weight=6.)])
 def test_bf16_run_is_finite(k, tmp_path):
     method = build(precision='bf16', epochs=1, **k)
     log = fit(method, tmp_path, progress=False)
@@ -464,7 +518,7 @@ def test_bf16_run_is_finite(k, tmp_path):
     assert extract(method, toy(), height=48, width=24).isfinite().all()
 
 
-@pytest.mark.parametrize('k', [dict(architecture='pcb', optimizer='sgd'), dict(architecture='se'), dict(partition='none', dim=16)])
+@pytest.mark.parametrize('k', [dict(architecture='pcb', optimizer='sgd'), dict(architecture='se'), dict(architecture='ra'), dict(partition='none', dim=16)])
 def test_saved_and_read_again(k, tmp_path):
     method = build(**k).eval()
     again = load_model(save_model(method, tmp_path / 'm.safetensors'))

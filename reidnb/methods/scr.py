@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import add_se, grad_cam
+from ..attention import add_residual_attention, add_se, grad_cam
 from ..backbones import make_backbone
 from ..crops import Crops
 from ..evaluation import cosine_distance
@@ -39,7 +39,7 @@ class SCRSettings(Settings):
     backbone_lr:float=1. # Rate of the backbone over that of the heads; PCB: 0.1
     backbone:str='resnet50' # Network, see `make_backbone`
     weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    architecture:Literal['scr','pcb','se']='scr' # `pcb`: six stripes; `se`: p1 with attention (table 3.1)
+    architecture:Literal['scr','pcb','se','ra']='scr' # `pcb`: 6 stripes; `se`, `ra`: p1 with attention
     branches:str='all' # `p1`, `p2`, `p3`, `p1+p2`, `all` (= `p1+p2+p3`), also with `p4` (table 3.3)
     partition:Literal['sc','s','c','none']='sc' # Stripes, channel groups, both or neither (table 3.2)
     dim:int=0 # Channels of each head's vector; 0: an eighth of the map's, 256 of ResNet-50
@@ -61,11 +61,11 @@ def scr_architecture(
 )->Architecture: # Branches and heads
     "What the settings ask for, as a description for `MultiBranch` (thesis section 3.3.1)"
     if s.architecture=='pcb': return replace(pcb(dim=s.dim or None), unit=s.metric=='cosine')
-    if s.architecture not in ('scr', 'se'):
-        raise ValueError(f"architecture {s.architecture!r}: 'scr', 'pcb' or 'se'")
+    if s.architecture not in ('scr', 'se', 'ra'):
+        raise ValueError(f"architecture {s.architecture!r}: 'scr', 'pcb', 'se' or 'ra'")
     if s.partition not in ('sc', 's', 'c', 'none'):
         raise ValueError(f"partition {s.partition!r}: 'sc', 's', 'c' or 'none'")
-    a = scr('p1' if s.architecture=='se' else s.branches, s.partition.replace('none', 's'),
+    a = scr(s.branches if s.architecture=='scr' else 'p1', s.partition.replace('none', 's'),
             dim=s.dim or None, triplet_on=s.triplet_on, unit=s.metric=='cosine')
     if s.partition!='none': return a
     return replace(a, branches=tuple(replace(b, heads=b.heads[:1]) for b in a.branches))
@@ -124,6 +124,7 @@ class SCR(Method):
         s, a = settings, scr_architecture(settings)
         backbone = make_backbone(s.backbone, weights=None if crops is None else s.weights)
         if s.architecture=='se': add_se(backbone, s.ratio)
+        if s.architecture=='ra': add_residual_attention(backbone)
         self.network = MultiBranch(backbone, a, crops.n_ids if crops is not None else None)
         self.training_only = tuple(f'network.heads.{h.name}.classifier' for h in a.heads)
         if crops is None: return

@@ -1,0 +1,110 @@
+"Post-processing: a method's own distance, time and memory of each step, and what is passed on."
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reidnb.contract import load_model
+from reidnb.crops import Crops
+from reidnb.evaluation import cosine_distance
+from reidnb.postprocessing import POSTS, Peak, _resident, postprocess, score_posts
+from reidnb.reranking import rerank_distances
+from reidnb.world import make_site
+
+torch.set_num_threads(1)
+linux = pytest.mark.skipif(np.isnan(_resident()), reason='the system does not tell the resident memory')
+
+
+@pytest.fixture(scope='module')
+def people():
+    r = np.random.default_rng(0)
+    pids, cams = np.repeat(np.arange(1, 31), 6), np.tile(np.arange(3).repeat(2), 30)
+    f = r.normal(size=(31, 16))[pids] + r.normal(size=(len(pids), 16))
+    f = F.normalize(torch.from_numpy(f).float(), dim=1)
+    table = Crops([b''] * len(pids), pids, cams, r.uniform(0, 3000, len(pids)))
+    q = np.arange(len(pids)) % 6 == 0
+    return f[q], f[~q], table[q], table[~q]
+
+
+def skewed(a, b):
+    "A distance with roles: exchanging the sets is not transposing the matrix"
+    return (1 - (a * torch.linspace(.5, 1.5, a.shape[1])) @ b.roll(1, 1).T).clamp(0) / 4
+
+
+def test_every_name_and_its_steps(people):
+    made = postprocess(*people, POSTS, memory=True)
+    assert set(made.distances) == set(POSTS)
+    assert set(made.seconds) == set(made.megabytes) == {'distance', 'rr', 'tlift', 'tfusion'}
+    assert all(v >= 0 for v in made.seconds.values())
+    plain = postprocess(*people, POSTS)
+    assert not plain.megabytes and all(torch.equal(plain.distances[k], made.distances[k]) for k in POSTS)
+
+
+def test_re_ranking_reads_three_matrices_of_a_method(people):
+    "Each asked for once; the two square ones with the same object on both sides, which a matcher uses"
+    q, g, *tables = people
+    calls = []
+    def distance(a, b):
+        calls.append((a is b, len(a), len(b)))
+        return skewed(a, b)
+    got = postprocess(q, g, *tables, ('none', 'rr', 'rr+tlift'), distance=distance).distances
+    assert calls == [(False, 30, 150), (True, 30, 30), (True, 150, 150)]
+    assert torch.equal(got['none'], skewed(q, g))
+    assert torch.equal(got['rr'], rerank_distances(skewed(q, g), skewed(q, q), skewed(g, g)))
+
+
+@linux
+@pytest.mark.parametrize('mb', [64, 300])
+def test_peak_sees_what_was_dropped(mb):
+    held = torch.ones(mb * 250_000)
+    with Peak() as p:
+        a = torch.ones(mb * 250_000)
+        time.sleep(.02)
+        del a
+        b = held[:1000] + 1
+    assert .97 * mb < p.ram < mb + 30 and len(b) == 1000
+
+
+@linux
+def test_peak_counts_from_what_was_there():
+    "Memory that was free but not given back does not hide a step"
+    parts = [torch.ones(250_000) for _ in range(100)]   # 1 MB each, below the size that the library returns at once
+    del parts
+    with Peak() as p:
+        parts = [torch.ones(250_000) for _ in range(100)]
+        time.sleep(.02)
+    assert 90 < p.ram < 140
+    del parts
+
+
+@linux
+def test_peak_of_a_block_that_raises():
+    with pytest.raises(KeyError):
+        with Peak() as p: raise KeyError
+    assert not p.thread.is_alive() and p.ram >= 0 and (p.gpu is None or p.gpu >= 0)
+
+
+def test_no_word_from_the_system(monkeypatch):
+    "Elsewhere memory is not a number, and everything else works"
+    import reidnb.postprocessing as m
+    monkeypatch.setattr(m, '_resident', lambda: float('nan'))
+    with Peak() as p: time.sleep(.01)
+    assert np.isnan(p.ram)
+
+
+def test_score_posts_tells_seconds_and_memory():
+    site, seconds, megabytes = make_site('campus', n_train=2, n_test=6, seed=1), {}, {}
+    posts = 'none', 'rr', 'rr+tlift'
+    got = score_posts(load_model('small'), site, posts, seconds=seconds, megabytes=megabytes)
+    assert list(got) == list(posts)
+    assert list(seconds) == list(megabytes) == ['features', 'distance', 'rr', 'tlift']
+    only = {}
+    again = score_posts(load_model('small'), site, posts, seconds=only)
+    assert list(only) == list(seconds) and all(again[k].mAP == got[k].mAP for k in posts)
+
+
+def test_a_distance_of_cosines_is_the_default(people):
+    q, g, *tables = people
+    assert torch.equal(postprocess(q, g, *tables, ('none',)).distances['none'], cosine_distance(q, g))
