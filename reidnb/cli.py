@@ -30,7 +30,7 @@ from .postprocessing import score_posts
 from .processes import rank_size
 from .search import Gallery, build_gallery, show_hits
 from .temporal import is_video
-from .tracklet_evaluation import by_tracklet, score_tracklets
+from .tracklet_evaluation import by_tracklet, post_tracklets
 from .training import Method, NonFiniteLoss, load_model, score
 from .world import make_site, write_market
 
@@ -151,7 +151,8 @@ class Eval(DataOptions):
         check(data)
         seconds, options = {}, dict(progress=True, ap=self.ap)
         if self.per=='tracklet' or self.per=='auto' and is_video(data):
-            found = {'none': self.by_tracklet(method, data, posts, options)}
+            found = post_tracklets(method, by_tracklet(data), posts, T=self.frames, how=self.sampling, seconds=seconds,
+                                   groups=3 if self.pooling=='tpp' else 1, seed=self.data_seed, **options)
         elif posts[1:]: found = score_posts(method, data, posts, seconds=seconds, **options)
         else: found = {'none': score(method, data, **options)}
         scores = {k: m.to_dict() for k,m in found.items()} if posts[1:] else found['none'].to_dict()
@@ -161,12 +162,6 @@ class Eval(DataOptions):
         if self.out: write_card(card, self.out)
         lines = [f'{k+":":12}{m}' for k,m in found.items()] if posts[1:] else [str(found['none'])]
         return f'{self.model} on {data.name}: ' + '\n'.join(['']*bool(posts[1:]) + lines)
-
-    def by_tracklet(self, method, data, posts, options):
-        "Score walks instead of crops"
-        if posts[1:]: raise ValueError('--rerank, --tlift and --tfusion work on images: add --per image')
-        return score_tracklets(method, by_tracklet(data), T=self.frames, how=self.sampling,
-                               groups=3 if self.pooling=='tpp' else 1, seed=self.data_seed, **options)
 
 # %% ../nbs/practice/40_cli.ipynb #92ef7bc3
 @dataclass(kw_only=True)

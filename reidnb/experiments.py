@@ -28,6 +28,9 @@ from .training import Method, Settings, fit, read_log, score, seed_everything
 from .world import make_site
 
 # %% ../nbs/practice/35_experiments.ipynb #87d07ac2
+_SCR = 'reidnb.methods.scr', 'SCR', 'SCRSettings'
+_SCR_SMALL = dict(backbone='small', weights='small', height=96, width=48, epochs=12, warmup=1,
+                  epoch_of='images', decay='cosine', lr=1e-2, backbone_lr=.1)
 RECIPES = { # Name -> module, class of the method, class of its settings, what differs from their defaults
     'baseline': ('reidnb.methods.baseline', 'Baseline', 'BaselineSettings', {}),
     'baseline-small': ('reidnb.methods.baseline', 'Baseline', 'BaselineSettings', dict(
@@ -37,13 +40,16 @@ RECIPES = { # Name -> module, class of the method, class of its settings, what d
     'qaconv-small': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=10, decay='cosine', steps=(),
         cut_at='layer4', last_stride=1, neck='1x1', normalise=True, occlusion='re', batch_size=16, lr=.02)),
-    'scr': ('reidnb.methods.scr', 'SCR', 'SCRSettings', {}),
-    'scr-small': ('reidnb.methods.scr', 'SCR', 'SCRSettings', dict(
-        backbone='small', weights='small', height=96, width=48, epochs=12, warmup=1, epoch_of='images',
-        decay='cosine', lr=1e-2, backbone_lr=.1)),
-    'pcb': ('reidnb.methods.scr', 'SCR', 'SCRSettings', dict(
+    'scr': (*_SCR, {}),
+    'scr-small': (*_SCR, _SCR_SMALL),
+    'pcb': (*_SCR, dict(
         architecture='pcb', optimizer='sgd', lr=.1, backbone_lr=.1, epochs=60, steps=(40,), width=128, p=16,
         epoch_of='shuffle', triplet=False, weight=6.)),
+    'pcb-small': (*_SCR, _SCR_SMALL | dict(architecture='pcb', triplet=False, weight=6.)),
+    'se': (*_SCR, dict(architecture='se')),
+    'se-small': (*_SCR, _SCR_SMALL | dict(architecture='se')),
+    'ra': (*_SCR, dict(architecture='ra')),
+    'ra-small': (*_SCR, _SCR_SMALL | dict(architecture='ra')),
     'ice': ('reidnb.methods.ice', 'ICE', 'ICESettings', {}),
     'ice-small': ('reidnb.methods.ice', 'ICE', 'ICESettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=6, iterations=25, warmup=1, lr=7e-4,

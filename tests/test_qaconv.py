@@ -1,8 +1,6 @@
 "QAConv as a method: its loss against slow transcriptions, its memory, killed runs, two processes, and search."
 import os
 import signal
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from children import finish, plain, same, start, start_world
 from reidnb.crops import ReIDData, toy_crops
 from reidnb.extraction import extract
 from reidnb.matching import best_matches, global_feature
@@ -84,35 +83,15 @@ def batch_gradient():
     return loss.item(), x.grad / world, w / world
 
 
-def start(*args, **env):
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.Popen([sys.executable, __file__, *map(str, args)], env=env, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, code=0):
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == code, err[-3000:]
-
-
-def plain(run): return [{k: v for k, v in row.items() if k != 'seconds'} for row in read_log(run)]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def test_killed_and_resumed_equals_never_stopped(tmp_path):
     "Memory, matcher, momentum and random state all come back"
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-    runs = start(whole, 'focal'), start(cut, 'focal', 7)
+    runs = start(__file__, whole, 'focal'), start(__file__, cut, 'focal', 7)
     finish(runs[0])
     finish(runs[1], -signal.SIGKILL)
     before = load_checkpoint(cut / 'checkpoint.pt')
     assert before['epoch'] == 1 and before['method']['memory.seen'].any()
-    finish(start(cut, 'focal'))
+    finish(start(__file__, cut, 'focal'))
     assert plain(cut) == plain(whole)
     a, b = (load_checkpoint(d / 'checkpoint.pt') for d in (whole, cut))
     for key in ('optimizer', 'method', 'rng', 'epoch', 'step'): assert same(a[key], b[key]), key
@@ -124,12 +103,8 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
 def test_two_processes_equal_one(tmp_path, loss):
     "The memory is gathered, batch norms see all pairs, in-batch pairs cross processes; the hinge soon amplifies rounding"
     one, two = tmp_path / 'one', tmp_path / 'two'
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    runs = [start(one, loss), *(start(two, loss, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2))]
-    for p in runs: finish(p)
+    runs = [start(__file__, one, loss), *start_world(__file__, two, loss)]
+    finish(runs)
     a, b = ([r for r in read_log(d) if 'loss' in r] for d in (one, two))
     assert len(a) == len(b) >= 9
     terms = [k for k in a[0] if k not in ('epoch', 'step', 'lr')]

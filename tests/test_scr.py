@@ -2,8 +2,6 @@
 import math
 import os
 import signal
-import socket
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -15,6 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
 
+from children import finish, plain, same, start, start_world
 from reidnb.crops import Crops, ReIDData, toy_crops
 from reidnb.datasets import load
 from reidnb.evaluation import cosine_distance, evaluate
@@ -448,38 +447,18 @@ def child(out, optimizer='adam', kill_at=0):
     torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 
 
-def start(*args, **env):
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.Popen([sys.executable, __file__, *map(str, args)], env=env, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, code=0):
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == code, err[-3000:]
-
-
-def plain(run): return [{k: v for k, v in row.items() if k != 'seconds'} for row in read_log(run)]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'whole'
-    finish(start(out))
+    finish(start(__file__, out))
     return out
 
 
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path):
     out = tmp_path / 'killed'
-    finish(start(out, 'adam', 6), -signal.SIGKILL)
+    finish(start(__file__, out, 'adam', 6), -signal.SIGKILL)
     assert not (out / 'model.safetensors').exists()
-    finish(start(out))
+    finish(start(__file__, out))
     assert plain(out) == plain(whole)
     a, b = (load_checkpoint(d / 'checkpoint.pt') for d in (whole, out))
     for key in ('optimizer', 'method', 'rng', 'epoch', 'step'): assert same(a[key], b[key]), key
@@ -487,12 +466,7 @@ def test_killed_and_resumed_equals_never_stopped(whole, tmp_path):
 
 def test_two_processes_equal_one(whole, tmp_path):
 
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    pair = [start(tmp_path / 'two', 'sgd', RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
-    for p in [*pair, start(tmp_path / 'one', 'sgd')]: finish(p)
+    finish([*start_world(__file__, tmp_path / 'two', 'sgd'), start(__file__, tmp_path / 'one', 'sgd')])
     one, two = ([r for r in read_log(tmp_path / d) if 'loss' in r] for d in ('one', 'two'))
     assert len(one) == len(two) == 8
     for a, b in zip(one[:4], two[:4]):   # later the hardest pair of a batch of 8 may be another one

@@ -182,6 +182,7 @@ class Site:
         text = '\n'.join(s for s in text.splitlines() if not re.match(r'.*#\|\s*hide_line\s*$', s))
         outputs = json.loads(json.dumps(cell.get('outputs', [])))
         for o in outputs:
+            o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)   # a page has no kernel: the still picture stays
             if 'text/markdown' in o.get('data', {}):
                 o['data'] = {'text/markdown': self.links(page, ''.join(o['data']['text/markdown']))}
         return dict(cell_type='code', id=cell['id'], metadata={**meta, 'tags': tags}, execution_count=None, source=text, outputs=outputs)
