@@ -151,8 +151,9 @@ class Eval(DataOptions):
         check(data)
         seconds, options = {}, dict(progress=True, ap=self.ap)
         if self.per=='tracklet' or self.per=='auto' and is_video(data):
-            found = post_tracklets(method, by_tracklet(data), posts, T=self.frames, how=self.sampling, seconds=seconds,
-                                   groups=3 if self.pooling=='tpp' else 1, seed=self.data_seed, **options)
+            read = dict(T=self.frames, how=self.sampling, groups=3 if self.pooling=='tpp' else 1)
+            found = post_tracklets(method, by_tracklet(data), posts, seed=self.data_seed, seconds=seconds,
+                                   **read, **options)
         elif posts[1:]: found = score_posts(method, data, posts, seconds=seconds, **options)
         else: found = {'none': score(method, data, **options)}
         scores = {k: m.to_dict() for k,m in found.items()} if posts[1:] else found['none'].to_dict()
