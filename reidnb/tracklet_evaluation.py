@@ -39,6 +39,7 @@ def embed_tracklets(
     "Features of tracklets; only the frames that are read are decoded (thesis section 3.4.3)"
     if not len(crops): raise ValueError(f"{crops.name!r} has no crops to make tracklets of")
     s = getattr(method, 'settings', None)
+    if s is None and not (height and width): raise ValueError('no settings: give height and width')
     size = dict(height=height or s.height, width=width or s.width)
     t, out = tracklets(crops), []
     at = t.rows[t.start[:-1,None]+sample_frames(t.lengths, T, how, seed)]
@@ -150,7 +151,7 @@ def tracklet_data(
     _, first = np.unique(key, axis=1, return_index=True)
     ask = np.zeros(len(t), bool); ask[first[t.pids[first]>0]] = True
     asked = np.zeros(len(test), bool); asked[t.rows] = np.repeat(ask, t.lengths)
-    gallery = test if per=='camera' else test[~asked]
+    gallery = test if per=='camera' and data.cross_camera else test[~asked]
     dropped = dict(data.dropped)|({'test crops without a track': int(odd.sum())} if odd.any() else {})
     return replace(data, query=test[asked], gallery=gallery, name=f'{data.name} by tracklet', dropped=dropped,
                    notes=[*data.notes, f"{int(ask.sum())} tracklets ask, one of each {per}; "
@@ -172,6 +173,7 @@ def write_mars(
 )->Path: # The folder, in the layout of MARS
     "Write walks in the layout of MARS: one tracklet of each person asks"
     from scipy.io import savemat
+    data.need('train', 'query', 'gallery')
     root, walks = Path(root), tracklet_data(data, 'person')
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root.name!r} is not an empty folder: choose a new one, nothing was written")

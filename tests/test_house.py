@@ -68,6 +68,7 @@ def faults(path):
     out = []
     def limit(what, value, most): out.append(f'{value} {what}, limit {most}') if value > most else None
     limit('cells', len(cells), 110)
+    if 'widgets' in json.loads(text)['metadata']: out.append('holds the state of widgets')
     limit('bytes', len(text.encode()), 300_000 if {'methods', 'tutorials'} & set(path.parts) else 150_000)
     limit('hidden cells', sum('hide' in directives(c) for c in code), 8)
     limit('characters in a line', max((len(s) for c in code for s in source(c).splitlines()), default=0), 110)

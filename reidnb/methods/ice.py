@@ -135,6 +135,8 @@ class ICE(Method):
         if not len(crops): raise ValueError(f'{crops.name!r} has no crops to learn from')
         if s.truth and not crops.labelled:
             raise ValueError(f'{crops.name!r} has no people: truth=True needs them')
+        if settings.sampler=='camera-first' and not crops.has_cams: raise ValueError(
+            f"{crops.name!r} has crops without a camera: choose sampler='plain'")
         self.encoder, self.agnostic = net, ClusterProxyMemory(net.dim)
         self.aware = CameraProxyMemory(net.dim) if _is_aware(s, crops) else None
         cams = crops.cams if self.aware is not None else np.full(len(crops), -1)

@@ -77,6 +77,10 @@ class SpCL(Method):
         self.encoder = _encoder(settings, crops is None)
         if crops is None: return
         if not len(crops): raise ValueError(f'{crops.name!r} has no crops to learn from')
+        if settings.sampler=='camera-diverse' and not crops.has_cams: raise ValueError(
+            f"{crops.name!r} has crops without a camera: choose sampler='plain'")
+        if settings.gap>settings.eps:
+            raise ValueError(f'gap {settings.gap} is larger than eps {settings.eps}')
         self.memory = HybridMemory(len(crops), self.encoder.dim)
         self.register_buffer('labels', torch.full((len(crops),), -1))
         self.register_buffer('thresholds', torch.full((2,), float('nan'), dtype=torch.float64))

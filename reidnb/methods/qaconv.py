@@ -152,6 +152,8 @@ def _parse(s):
     if s.loss not in LOSSES: raise ValueError(f"loss {s.loss!r}: one of {', '.join(LOSSES)}")
     if s.half not in ('no', 'bf16', 'fp16'): raise ValueError(f"half {s.half!r}: 'no', 'bf16' or 'fp16'")
     if s.batch_size<2: raise ValueError(f'batch_size={s.batch_size}: at least 2')
+    if not 0<=s.memory_keep<1: raise ValueError(f'memory_keep={s.memory_keep}: in [0,1)')
+    if s.focus<0: raise ValueError(f'focus={s.focus}: at least 0')
     if 'triplet' in s.loss and (s.k<2 or s.batch_size//s.k<2):
         raise ValueError(f'batches of {s.batch_size} with k={s.k}: a triplet needs 2 x 2 images')
     return s.loss.split('+')
@@ -215,7 +217,7 @@ def after_step(self:QAConvMethod,
 def distance(self:QAConvMethod,
     query:Tensor, # Features, `(Q,D)`
     gallery:Tensor, # Features, `(G,D)`
-)->Tensor: # `1-sigmoid(z/10)` in `(0,1)`, float32 `(Q,G)`
+)->Tensor: # `1-sigmoid(z/10)` in `(0,1)`, up to 1.5 with the global branch; float32 `(Q,G)`
     "Match all pairs, in tiles, with a matcher in eval mode; a set with itself takes one product per pair"
     s, q = self.settings, query.unflatten(1, self.encoder.shape)
     g = q if gallery is query else gallery.unflatten(1, self.encoder.shape)   # one product, both roles
@@ -245,7 +247,9 @@ def combine_all(
     data:ReIDData, # A source that nothing is tested on
 )->ReIDData: # The same with all people in `train`, and nothing to test on
     "Train on every labelled image of a source, test part included (QAConv section 5.2)"
+    data.need('train')
     train, *test = [c[c.pids>0] for c in data.subsets.values() if c is not None]
+    if not len(train): raise ValueError(f'{data.name!r}: nobody in train is labelled')
     shift = int(train.pids.max())
     if any(np.isin(c.pids, train.pids).any() for c in test):   # test people are others, whatever their number
         test = [c.replace(pids=c.pids+shift) for c in test]
@@ -319,6 +323,8 @@ def explore_matches(
         min=low, max=high, value=value, description=name, **k)
     def draw(query_row, place, threshold, lines):
         order, distance = _ranked(method, q[query_row], g, query[[query_row]], gallery)
+        if not len(order): raise ValueError(
+            'no gallery image is left to rank: all show the person of the query by the same camera')
         j = int(order[min(place, len(order))-1])
         a, b = (x.unflatten(0, method.encoder.shape) for x in (q[query_row], g[j]))
         with _evaluating(method.matcher): found = correspondences(a, b, threshold, method.matcher)

@@ -151,11 +151,11 @@ class SCR(Method):
     def optimizer(self):
         "Adam with AMSGrad, the backbone and the heads at rates of their own (thesis section 3.4.1)"
         s, heads = self.settings, list(self.network.heads.parameters())
-        own = {id(p) for p in heads}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
+        rest = [p for p in self.parameters() if p.requires_grad and not any(p is h for h in heads)]
         groups = [{'params': rest, 'lr_scale': s.backbone_lr}, {'params': heads}]
         if s.optimizer=='adam': return torch.optim.Adam(groups, s.lr, weight_decay=s.weight_decay,
                                                         amsgrad=s.amsgrad)
+        if s.optimizer!='sgd': raise ValueError(f"optimizer {s.optimizer!r} is neither 'adam' nor 'sgd'")
         return torch.optim.SGD(groups, s.lr, momentum=.9, nesterov=True, weight_decay=s.weight_decay)
 
 # %% ../../nbs/methods/30_scr.ipynb #8d0dde97
@@ -163,17 +163,20 @@ def head_cam(
     method:SCR, # A method
     images:Tensor, # Images as the network reads them, `(B,3,H,W)`
     head:str, # Name of a head, such as 'g1', 's2_1', 'c2_2'
-    target:Tensor=None, # Person each image is asked for, int `(B,)`; None: the head's own answer
+    target:Tensor=None, # Person each image is asked for, int `(B,)`; None: the head's own answer, or without
+                        # classifiers (a loaded model) the squared length of its vector
 )->Tensor: # Heat in `[0,1]`, 0 outside the head's rows, `(B,h,w)`
     "Grad-CAM of one head (thesis figure 3.2)"
-    net, kept = method.network.eval(), []
+    net, kept, mode = method.network, [], method.network.training
     at = {h.name: (b, h) for b in net.architecture.branches for h in b.heads}
     if head not in at: raise ValueError(f"head {head!r}: this network has {', '.join(at)}")
     branch, h = at[head]
     hook = net.branches[branch.name].register_forward_hook(lambda *a: kept.append(a[2]))
     try:
-        with torch.enable_grad(): out = net(images)
-    finally: hook.remove()
+        with torch.enable_grad(): out = net.eval()(images)
+    finally: hook.remove(); net.train(mode)
+    if target is not None and head not in out.logits: raise ValueError(
+        f'head {head!r} has no classifier, as in every loaded model: leave target out')
     if head in out.logits:
         z = out.logits[head].float()
         score = z.gather(1, (z.argmax(1) if target is None else target)[:,None])[:,0]
@@ -214,6 +217,8 @@ def fit_projection(
     x = features.detach().float().cpu().numpy()
     if not 1<=dim<=min(x.shape): raise ValueError(f"dim={dim} of {x.shape[0]} features with {x.shape[1]} "
                                                   f"channels: 1 to {min(x.shape)}")
+    if whiten and dim>=len(x): raise ValueError(
+        f'dim={dim}, whitened: {len(x)} features have at most {len(x)-1} components')
     pca = PCA(dim, svd_solver='full' if min(x.shape)<=4*dim else 'randomized', random_state=0).fit(x)
     axes = pca.components_/(np.sqrt(pca.explained_variance_+1e-12)[:,None] if whiten else 1)
     to = lambda a: torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32)
