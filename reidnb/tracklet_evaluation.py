@@ -20,7 +20,7 @@ from .evaluation import Metrics, evaluate, evaluate_features
 from .extraction import extract
 from .partitions import ChannelGroups
 from .postprocessing import postprocess
-from .temporal import sample_frames, temporal_pool, tracklets
+from .temporal import sample_frames, temporal_pool, tracklets, walks_apart
 
 # %% ../nbs/ranking/15_tracklets.ipynb #dc367bdb
 def embed_tracklets(
@@ -162,9 +162,7 @@ def by_tracklet(
     data:ReIDData, # Data with tracks
 )->ReIDData: # Query and gallery of tracklets
     "A video set as it is, or an image set with tracks turned into one"
-    keys = [{*zip(c.pids, c.cams, c.tracks)} for c in data.need('query', 'gallery')]
-    lone = any((c.tracks<0).any() for c in (data.query, data.gallery))
-    return tracklet_data(data) if lone or keys[0] & keys[1] else data
+    return data if walks_apart(data) else tracklet_data(data)
 
 # %% ../nbs/ranking/15_tracklets.ipynb #b437e986
 def write_mars(
