@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from reidnb.training import read_log
+from reidnb.training.loop import read_log
 
 
 def start(script, *args, **env):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from reidnb.crops import toy_crops
+from reidnb.data.toys import toy_crops
 from reidnb.methods.ice import ICE, ICESettings
 from reidnb.methods.proxies import CAP, CAPSettings, SpCL, SpCLSettings
-from reidnb.training import fit, seed_everything
+from reidnb.core.checkpoints import seed_everything
+from reidnb.training.loop import fit
 
 torch.set_num_threads(1)
 SMALL = dict(backbone='small', weights='none', height=64, width=32, p=4, k=2, k1=10, k2=3, iterations=4, warmup=1,

@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from reidnb.memory import CameraProxyMemory, ClassMapMemory, ClusterProxyMemory, ExemplarMemory, HybridMemory
-from reidnb.processes import global_batch_norm, rank_size
-from reidnb.teacher import EMATeacher
+from reidnb.networks.memory import (
+    CameraProxyMemory, ClassMapMemory, ClusterProxyMemory, ExemplarMemory, HybridMemory)
+from reidnb.core.distributed import global_batch_norm, rank_size
+from reidnb.networks.teacher import EMATeacher
 
 N, D, B = 30, 8, 12
 torch.set_num_threads(1)

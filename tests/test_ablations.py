@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from reidnb.ablations import grid_epochs, grid_table, plot_grid, run_grid
-from reidnb.crops import ReIDData, toy_crops
+from reidnb.practice.ablations import grid_epochs, grid_table, plot_grid, run_grid
+from reidnb.data.crops import ReIDData
+from reidnb.data.toys import toy_crops
 
 TINY = dict(height=64, width=32, epochs=2, iterations=2, steps=(), p=2, k=2, k1=8, backbone='small', weights='none',
             warmup=0)

@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from reidnb.attention import SoftMask, SqueezeExcite, add_residual_attention, add_se, grad_cam, overlay, spread
-from reidnb.backbones import make_backbone, split_backbone
+from reidnb.networks.attention import (
+    add_residual_attention, add_se, grad_cam, overlay, SoftMask, spread, SqueezeExcite)
+from reidnb.networks.backbones import make_backbone, split_backbone
 
 
 @settings(max_examples=15, deadline=None)

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from children import finish, same, start_world
-from reidnb.contract import load_model, save_model
-from reidnb.crops import toy_crops
+from reidnb.training.models import load_model, save_model
+from reidnb.data.toys import toy_crops
 from reidnb.methods.baseline import Baseline, BaselineSettings
-from reidnb.state import load_checkpoint, seed_everything
-from reidnb.training import fit, read_log
+from reidnb.core.checkpoints import load_checkpoint, seed_everything
+from reidnb.training.loop import fit, read_log
 
 LOSSES = get_args(BaselineSettings.__dataclass_fields__['loss'].type)
 STATEFUL = {'center': 'centres.centres', 'class_memory': 'memory.memory.maps'}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from reidnb.bench import JOBS, _run, simulate, table
+from reidnb.practice.benchmarks import _run, JOBS, simulate, table
 
 
 @pytest.mark.parametrize('job,side', [(j, s) for j in JOBS for s in JOBS[j].sides])
@@ -36,6 +36,6 @@ def test_simulated_features_are_people_and_cameras():
 
 @pytest.mark.slow
 def test_from_the_shell():
-    r = subprocess.run([sys.executable, '-m', 'reidnb.cli', *'bench evaluate --scale .01 --threads 1'.split()],
+    r = subprocess.run([sys.executable, '-m', 'reidnb.practice.cli', *'bench evaluate --scale .01 --threads 1'.split()],
                        capture_output=True, text=True)
     assert r.returncode == 0 and 'one argsort' in r.stdout, r.stderr[-500:]

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from reidnb.training import read_log
+from reidnb.training.loop import read_log
 
-RUN = [sys.executable, '-m', 'reidnb.cli']
+RUN = [sys.executable, '-m', 'reidnb.practice.cli']
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 SMALL = ['train', 'baseline-small', '--data', 'world:campus', '--train-people', '10', '--test-people', '6',
          '--height', '64', '--width', '32', '--p', '4', '--no-before', '--weights', 'none']
@@ -77,7 +77,7 @@ def test_full_disk_is_one_line(tmp_path):
 
 def test_plain_folder_of_crops(tmp_path):
     "One sub-folder a person, one below it a camera: train, then search one image in it"
-    from reidnb.world import make_site
+    from reidnb.world.sites import make_site
     crops = make_site('campus', n_train=12, n_test=2, height=64, width=32).train
     for i in range(len(crops)):
         p = tmp_path / 'crops' / f'anna{crops.pids[i]}' / f'door{crops.cams[i]}' / f'{i}.jpg'
@@ -94,7 +94,7 @@ def test_plain_folder_of_crops(tmp_path):
 
 
 def test_unlabelled_folder_says_what_is_missing(tmp_path):
-    from reidnb.crops import toy_crops
+    from reidnb.data.toys import toy_crops
     (tmp_path / 'flat').mkdir()
     for i, data in enumerate(toy_crops().images): (tmp_path / 'flat' / f'{i}.jpg').write_bytes(data)
     r = run('train', 'baseline-small', '--data', tmp_path / 'flat', cwd=tmp_path)
@@ -102,8 +102,8 @@ def test_unlabelled_folder_says_what_is_missing(tmp_path):
 
 
 def test_a_folder_of_unlabelled_crops_with_and_without_cameras(tmp_path):
-    from reidnb.cli import DataOptions
-    from reidnb.crops import toy_crops
+    from reidnb.practice.cli import DataOptions
+    from reidnb.data.toys import toy_crops
     crops = toy_crops(4, n_cams=3)
     for i, image in enumerate(crops.images):
         for path in (tmp_path / 'cams' / f'camera{crops.cams[i]}', tmp_path / 'flat'):

@@ -11,11 +11,13 @@ from sklearn.cluster import DBSCAN, AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
 from measure import peak
-from reidnb.bench import _matmul_all, simulate
-from reidnb.clustering import (Clusters, agglomerative, cluster, cluster_stats, dbscan, eps_from_rho,
-                               inter_camera_distance, k_distances, kmeans, mu_schedule, per_camera, reliable,
-                               score_overlap, suggest_eps)
-from reidnb.neighbours import jaccard, knn
+from reidnb.practice.benchmarks import _matmul_all, simulate
+from reidnb.neighbours.clustering import (
+    agglomerative, cluster, cluster_stats, Clusters, dbscan, eps_from_rho,
+    inter_camera_distance, k_distances, kmeans, mu_schedule, per_camera, reliable,
+    score_overlap, suggest_eps)
+from reidnb.neighbours.nearest import knn
+from reidnb.neighbours.reciprocal import jaccard
 
 
 @st.composite
@@ -125,7 +127,7 @@ def test_policy():
 
 
 def test_chunks_change_nothing(monkeypatch):
-    import reidnb.clustering as m
+    import reidnb.neighbours.clustering as m
     S = jaccard(F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1))
     before = eps_from_rho(S), dbscan(S, .5), k_distances(S)
     rows = m._rows

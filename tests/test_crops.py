@@ -1,4 +1,4 @@
-"""Property and fault tests of reidnb.crops, reidnb.folders and reidnb.checks on random tables and damaged folders."""
+"""Property and fault tests of reidnb.data.crops, reidnb.data.folders and reidnb.data.checks on random tables and damaged folders."""
 import io
 import pickle
 import shutil
@@ -12,10 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reidnb.checks import validate
-from reidnb.crops import CropDataset, Crops, ReIDData, concat, contact_sheet, toy_crops
-from reidnb.folders import (from_csv, from_folder, from_regex, list_images, make_data, split_ids,
-                            split_query_gallery)
+from reidnb.data.checks import validate
+from reidnb.data.crops import concat, contact_sheet, Crops, ReIDData
+from reidnb.data.items import CropDataset
+from reidnb.data.toys import toy_crops
+from reidnb.core.files import list_images
+from reidnb.data.folders import from_csv, from_folder, from_regex, make_data
+from reidnb.data.splits import split_ids, split_query_gallery
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 faults = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""Tests of reidnb.datasets: Market's layout in depth, and every dataset with a file missing, corrupt and misnamed."""
+"""Tests of reidnb.datasets.catalogue: Market's layout in depth, and every dataset with a file missing, corrupt and misnamed."""
 import re
 import tempfile
 import warnings
@@ -11,9 +11,10 @@ from dataset_trees import FOLDERS, MAKERS, PIXELS, SPLITS, Broken, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reidnb.crops import toy_crops
-from reidnb.datasets import DATASETS, datasets_readme, datasets_table, find_family, find_spec, load, session_seconds
-from reidnb.temporal import tracklets
+from reidnb.data.toys import toy_crops
+from reidnb.datasets.catalogue import DATASETS, datasets_readme, datasets_table, find_family, find_spec, load
+from reidnb.datasets.specs import session_seconds
+from reidnb.data.video import tracklets
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 JPEGS = toy_crops(n_ids=6, n_cams=2, n_each=1, height=16).images
@@ -156,7 +157,7 @@ def test_unknown_names():
 def test_data_page_is_written_from_the_table():
     page = Path(__file__).parent.parent/'data'/'README.md'
     assert page.read_text() == datasets_readme(), \
-        'write it again: python -c "from reidnb.datasets import *; print(datasets_readme(), end=\'\')" > data/README.md'
+        'write it again: python -c "from reidnb.datasets.catalogue import *; print(datasets_readme(), end=\'\')" > data/README.md'
 
 
 # ------------------------------------------------------------------ every dataset
@@ -292,7 +293,7 @@ def test_files_of_version_7_3(tmp_path):
     "Cells, pictures, texts and empty cells of HDF5 come back as those of version 5"
     pytest.importorskip('h5py')
     from dataset_trees import cell, hdf5, mat
-    from reidnb.layouts import FolderTree, read_mat
+    from reidnb.datasets.specs import FolderTree, read_mat
     inner = cell([np.zeros((0, 0)), np.arange(24, dtype=np.uint8).reshape(4, 2, 3)], (1, 2))
     v = {'cells': cell([inner, inner]), 'names': cell(['1_001_1_01.png', 'b.png']), 'table': np.arange(6.).reshape(2, 3)}
     plant(tmp_path, {'new.mat': hdf5(v), 'old.mat': mat(**v)})
@@ -309,7 +310,7 @@ def test_files_of_version_7_3(tmp_path):
 
 def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
     import sys
-    from reidnb.layouts import FolderTree, read_mat
+    from reidnb.datasets.specs import FolderTree, read_mat
     plant(tmp_path, {'new.mat': b'\x89HDF\r\n\x1a\n'+bytes(600)})
     monkeypatch.setitem(sys.modules, 'h5py', None)
     with pytest.raises(ImportError, match='new.mat is an HDF5 file: install h5py'): read_mat(FolderTree(tmp_path), 'new.mat', 'x')

@@ -16,7 +16,7 @@ from dataset_trees import MAKERS, SPLITS, Broken, make, same_walks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reidnb.datasets import DATASETS, load
+from reidnb.datasets.catalogue import DATASETS, load
 
 CASES = int(os.environ.get('REIDNB_CASES', 300))
 HARMLESS = ('none', 'note', 'hidden', 'empty folder', 'truncate image', 'zero image')

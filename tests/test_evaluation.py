@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 
-from reidnb.evaluation import (Protocol, cosine_distance, evaluate, evaluate_features, find_matches,
-                               negatives_before)
+from reidnb.ranking.evaluation import (
+    cosine_distance, evaluate, evaluate_features, find_matches, negatives_before, Protocol)
 
 TIES = 'stable', 'optimistic', 'pessimistic'
 

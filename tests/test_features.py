@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from reidnb import backbones as B
-from reidnb import extraction as X
-from reidnb import pretrained as W
-from reidnb import samplers as S
-from reidnb import transforms as R
-from reidnb.crops import CropDataset, toy_crops
+from reidnb.networks import backbones as B
+from reidnb.networks import extraction as X
+from reidnb.networks import weights as W
+from reidnb.data import samplers as S
+from reidnb.data import transforms as R
+from reidnb.data.items import CropDataset
+from reidnb.data.toys import toy_crops
 
 torch.set_num_threads(1)
 QUIET = settings(max_examples=60, deadline=None)

@@ -140,3 +140,67 @@ def test_links_between_notebooks_lead_somewhere():
             for target in re.findall(r'\]\(([\w./-]+\.(?:ipynb|md))\)', source(c)):
                 if not (path.parent / target).exists() and not (ROOT / target).exists(): broken.append(f'{name(path)}: {target}')
     assert not broken, broken
+
+
+def floors():
+    "Wing -> (floor, rooms in order), from the table of CONTRIBUTING.md"
+    rows = re.findall(r'^\| (\d+) \| `(\w+)` \| ([\w, ]+) \|$', (ROOT / 'CONTRIBUTING.md').read_text(), re.M)
+    return {wing: (int(floor), rooms.split(', ')) for floor, wing, rooms in rows}
+
+
+def imports(path):
+    "Modules of the package that a module imports, anywhere in it, as (line, 'wing.room' or 'wing' or '')"
+    here = path.relative_to(ROOT).with_suffix('').parts
+    for n in ast.walk(ast.parse(path.read_text())):
+        if isinstance(n, ast.Import): found = [a.name for a in n.names]
+        elif isinstance(n, ast.ImportFrom):
+            base = '.'.join(here[:-n.level]) + '.' * bool(n.module) if n.level else ''
+            found = [f'{base}{n.module or ""}'] + [f'{base}{n.module or ""}.{a.name}' for a in n.names]
+            found = [f for f in found if (ROOT / (f.replace('.', '/') + '.py')).exists()] or found[:1]
+        else: continue
+        yield from ((n.lineno, f[7:]) for f in found if f == 'reidnb' or f.startswith('reidnb.'))
+
+
+MODULES = [p for p in sorted((ROOT / 'reidnb').glob('*/*.py')) if p.name != '__init__.py']
+
+
+def test_arrows_only_go_down():
+    "A room imports from lower floors, and in its wing from rooms before it; never a face"
+    order = floors()
+    assert {p.parent.name for p in MODULES} <= set(order), 'a wing is missing in CONTRIBUTING.md'
+    wrong = []
+    for path in MODULES:
+        wing, room = path.parent.name, path.stem
+        for line, target in imports(path):
+            to, _, name = target.partition('.')
+            if target == '': continue                     # `import reidnb` itself: version and place
+            if not name: wrong.append(f'{wing}.{room}:{line} imports the face {to}')
+            elif to == wing: ok = order[wing][1].index(name) < order[wing][1].index(room)
+            else: ok = order[to][0] < order[wing][0]
+            if name and not ok: wrong.append(f'{wing}.{room}:{line} imports {target}')
+    assert not wrong, wrong
+
+
+def test_no_private_name_crosses_a_module():
+    "Nor does a notebook's test take a private name of another module"
+    wrong = []
+    for path in MODULES:
+        for n in ast.walk(ast.parse(path.read_text())):
+            if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('reidnb')):
+                wrong += [f'{path.parent.name}.{path.stem}:{n.lineno} {a.name}' for a in n.names if a.name.startswith('_')]
+    assert not wrong, wrong
+
+
+def test_one_meaning_a_name():
+    "No two modules define the same public function or class, and no face hands on a name equal to a module of its own"
+    home = {}
+    for path in MODULES:
+        for n in public(ast.parse(path.read_text())):
+            if not any('patch' in ast.dump(d) for d in n.decorator_list): home.setdefault(n.name, []).append(path.stem)
+    assert not {k: v for k, v in home.items() if len(v) > 1}
+    for wing in floors():
+        if not (ROOT / 'reidnb' / wing).exists(): continue
+        face = __import__(f'reidnb.{wing}', fromlist=['x'])
+        rooms = {p.stem for p in (ROOT / 'reidnb' / wing).glob('*.py')}
+        assert not rooms & set(face.__all__), wing
+        for name in face.__all__: getattr(face, name)

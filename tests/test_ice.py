@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from children import finish, plain, same, start, start_world
-from reidnb.crops import toy_crops
-from reidnb.experiments import open_data, run_experiment
-from reidnb.memory import CameraProxyMemory, ClusterProxyMemory
-from reidnb.methods.ice import ICE, ICESettings, ice_terms, ice_views
+from reidnb.data.toys import toy_crops
+from reidnb.practice.experiments import run_experiment
+from reidnb.practice.opening import open_data
+from reidnb.networks.memory import CameraProxyMemory, ClusterProxyMemory
+from reidnb.methods.ice import ICE, ice_terms, ice_views, ICESettings
 from reidnb.methods.proxies import CAP, CAPSettings, SpCL, SpCLSettings
-from reidnb.state import load_checkpoint
-from reidnb.training import fit, load_model, save_model, schedule, seed_everything
-from reidnb.views import method_views
+from reidnb.core.checkpoints import load_checkpoint
+from reidnb.core.checkpoints import seed_everything
+from reidnb.training.loop import fit
+from reidnb.training.method import schedule
+from reidnb.training.models import load_model, save_model
+from reidnb.generators.camstyle import method_views
 
 CHILD = Path(ice_child.__file__)
 CLOCK = 'seconds', 'share'

@@ -12,13 +12,16 @@ from PIL import Image, ImageOps
 from scipy import stats
 from torch.utils.data import DataLoader
 
-from reidnb import loading as L
-from reidnb.crops import CropDataset, Crops, toy_crops
-from reidnb.extraction import extract
-from reidnb.samplers import PKSampler, ShuffleSampler
-from reidnb.transforms import IMAGENET_MEAN, RECIPES, RandomErasing, method_transform, train_transform
-from reidnb.transforms import test_transform as plain
-from reidnb.views import Views, method_views
+from reidnb.data import loading as L
+from reidnb.data.crops import Crops
+from reidnb.data.items import CropDataset
+from reidnb.data.toys import toy_crops
+from reidnb.networks.extraction import extract
+from reidnb.data.samplers import PKSampler, ShuffleSampler
+from reidnb.data.transforms import IMAGENET_MEAN, method_transform, PIPELINES, RandomErasing, train_transform
+from reidnb.data.transforms import test_transform as plain
+from reidnb.data.transforms import Views
+from reidnb.generators.camstyle import method_views
 
 torch.set_num_threads(1)
 LEVEL = 1e-3
@@ -54,7 +57,7 @@ def test_cache_equals_decoding_within_and_above_the_budget(sizes, budget, size, 
     assert c.fingerprint() == crops.fingerprint() and (c.pids == crops.pids).all()
 
 
-@pytest.mark.parametrize('name', sorted(RECIPES))
+@pytest.mark.parametrize('name', sorted(PIPELINES))
 def test_every_recipe_reads_the_same_from_the_cache(name):
     crops, t = ragged([(40, 20), (32, 16), (70, 50), (9, 31)]), method_transform(name, 32, 16)
     fast = L.cache_for(crops, t)
@@ -234,7 +237,7 @@ def test_loaders_agree_and_do_not_depend_on_workers_batches_or_processes():
 
 def test_a_method_reads_from_the_loaders():
     "`Method.batches` needs `dataset.set_epoch`, `batch_sampler.rank` and (images, rows)"
-    from reidnb.contract import Method, Settings
+    from reidnb.training.method import Method, Settings
     crops = toy_crops(4, n_cams=2)
     loader = L.ResidentLoader(crops, PKSampler(crops.pids, 4, 2), L.BatchAugment(0), height=32, width=16)
     batches = list(Method(Settings(), crops).batches(loader, 1))

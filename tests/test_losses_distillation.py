@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from measure import value_and_gradient
-from reidnb.losses.distillation import (consistency_loss, cross_branch, hardest_pairs, soft_cross_entropy, soft_triplet,
-                                        target_loss, target_terms, triplet_log_share)
+from reidnb.losses.distillation import (
+    consistency_loss, cross_branch, hardest_pairs, soft_cross_entropy, soft_triplet,
+    target_loss, target_terms, triplet_log_share)
 from reidnb.losses.metric import batch_hard_triplet
 
 torch.set_num_threads(1)

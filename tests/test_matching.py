@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from reidnb.matching import (QAConv, best_matches, correspondences, global_feature, patches, prefilter,
-                             prefilter_recall, score_matrix, unit_maps)
+from reidnb.ranking.matching import (
+    best_matches, correspondences, global_feature, patches, prefilter, prefilter_recall,
+    QAConv, score_matrix, unit_maps)
 
 
 def pair(q, g, s):
@@ -90,7 +91,7 @@ def test_scores_equal_the_matcher(case, shared, s, bits):
 
 def test_threads_share_the_work(monkeypatch):
     "Several threads, in every grad mode, give the numbers of one, and torch keeps its number of threads"
-    import reidnb.matching as mod
+    import reidnb.ranking.matching as mod
     spread = mod._spread
     monkeypatch.setattr(mod, '_spread', lambda work, n, cost, device: spread(work, n, 1e9, device))
     m, q, g = worn(4, 3), unit_maps(torch.randn(5, 6, 4, 3)), unit_maps(torch.randn(23, 6, 4, 3))
@@ -265,8 +266,8 @@ def test_memory_of_training_is_bounded():
 
 
 def test_kernel_steps_aside_without_triton():
-    code = ("import sys; sys.modules['triton'] = None\nimport torch, reidnb.matching\n"
-            "from reidnb.matching_kernel import fits\nassert not fits(torch.randn(2, 192, 8))")
+    code = ("import sys; sys.modules['triton'] = None\nimport torch, reidnb.ranking.matching\n"
+            "from reidnb.ranking.matching_kernel import fits\nassert not fits(torch.randn(2, 192, 8))")
     subprocess.run([sys.executable, '-c', code], check=True)
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from children import finish, same, start_world
-from reidnb.memory import (CameraProxyMemory, ClassMapMemory, ClusterProxyMemory, ExemplarMemory, HybridMemory,
-                           keep_schedule)
-from reidnb.teacher import EMATeacher, ema_rate
+from reidnb.networks.memory import (
+    CameraProxyMemory, ClassMapMemory, ClusterProxyMemory, ExemplarMemory, HybridMemory,
+    keep_schedule)
+from reidnb.networks.teacher import ema_rate, EMATeacher
 
 CHILD = Path(__file__).parent / 'memory_child.py'
 fuzz = settings(max_examples=40, deadline=None)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from reidnb.neighbours import encode, expand, jaccard, knn, knn_given, overlap, reciprocal
-from reidnb.reranking import rerank, rerank_all, rerank_distances, rerank_top
+from reidnb.neighbours.nearest import knn, knn_given
+from reidnb.neighbours.reciprocal import encode, expand, jaccard, overlap, reciprocal
+from reidnb.ranking.reranking import rerank, rerank_all, rerank_distances, rerank_top
 
 
 @st.composite
@@ -123,7 +124,7 @@ def test_memory_stays_in_the_budget():
     import sys
     code = '''if 1:
         import torch
-        from reidnb.neighbours import knn
+        from reidnb.neighbours.nearest import knn
         def peak(reset=False):
             if reset: open('/proc/self/clear_refs', 'w').write('5')
             return next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))/1e3

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reidnb import backbones as B
-from reidnb import norms as R
-from reidnb.pretrained import load_weights
-from reidnb.processes import GlobalBatchNorm2d, global_batch_norm
+from reidnb.networks import backbones as B
+from reidnb.networks import norms as R
+from reidnb.networks.weights import load_weights
+from reidnb.core.distributed import global_batch_norm, GlobalBatchNorm2d
 
 torch.set_num_threads(1)
 QUIET = settings(max_examples=50, deadline=None)

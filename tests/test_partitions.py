@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reidnb import partitions as P
-from reidnb import temporal as T
-from reidnb.backbones import make_backbone
-from reidnb.crops import Crops
+from reidnb.networks import partitions as P
+from reidnb.networks import frames as T
+from reidnb.networks.backbones import make_backbone
+from reidnb.data.crops import Crops
 
 torch.set_num_threads(1)
 QUIET = settings(max_examples=40, deadline=None)

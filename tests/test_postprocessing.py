@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reidnb.contract import load_model
-from reidnb.crops import Crops
-from reidnb.evaluation import cosine_distance
-from reidnb.postprocessing import POSTS, Peak, _resident, postprocess, score_posts
-from reidnb.reranking import rerank_distances
-from reidnb.world import make_site
+from reidnb.training.models import load_model
+from reidnb.data.crops import Crops
+from reidnb.ranking.evaluation import cosine_distance
+from reidnb.core.costs import _resident, Peak
+from reidnb.ranking.postprocessing import postprocess, POSTS
+from reidnb.training.scoring import score_posts
+from reidnb.ranking.reranking import rerank_distances
+from reidnb.world.sites import make_site
 
 torch.set_num_threads(1)
 linux = pytest.mark.skipif(np.isnan(_resident()), reason='the system does not tell the resident memory')
@@ -88,7 +90,7 @@ def test_peak_of_a_block_that_raises():
 
 def test_no_word_from_the_system(monkeypatch):
     "Elsewhere memory is not a number, and everything else works"
-    import reidnb.postprocessing as m
+    import reidnb.ranking.postprocessing as m
     monkeypatch.setattr(m, '_resident', lambda: float('nan'))
     with Peak() as p: time.sleep(.01)
     assert np.isnan(p.ram)

@@ -9,9 +9,9 @@ from children import finish, start, start_world
 CHILD = '''
 import os, sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
-from reidnb.backbones import Encoder, make_backbone
-from reidnb.crops import toy_crops
-from reidnb.pseudo_labels import pseudo_labels, shared_features
+from reidnb.networks.backbones import Encoder, make_backbone
+from reidnb.data.toys import toy_crops
+from reidnb.training.labelling import pseudo_labels, shared_features
 if int(os.environ.get("WORLD_SIZE", 1)) > 1: dist.init_process_group("gloo")
 torch.manual_seed(0)
 net, toy = Encoder(make_backbone("small")), toy_crops(8, 2, 3)

@@ -12,15 +12,21 @@ import torch
 import torch.nn.functional as F
 
 from children import finish, plain, same, start, start_world
-from reidnb.crops import ReIDData, toy_crops
-from reidnb.extraction import extract
-from reidnb.matching import best_matches, global_feature
-from reidnb.methods.qaconv import (LOSSES, MapEncoder, MatchView, QAConvMethod, QAConvSettings, combine_all, contributions,
-                                   explore_matches)
-from reidnb.processes import global_batch_norm, rank_size
-from reidnb.search import build_gallery
-from reidnb.state import load_checkpoint
-from reidnb.training import Batch, fit, load_model, read_log, save_model, score, seed_everything
+from reidnb.data.crops import ReIDData
+from reidnb.data.toys import toy_crops
+from reidnb.networks.extraction import extract
+from reidnb.ranking.matching import best_matches, global_feature
+from reidnb.methods.qaconv import (
+    combine_all, contributions, explore_matches, LOSSES, MapEncoder, MatchView, QAConvMethod,
+    QAConvSettings)
+from reidnb.core.distributed import global_batch_norm, rank_size
+from reidnb.practice.gallery import build_gallery
+from reidnb.core.checkpoints import load_checkpoint
+from reidnb.core.checkpoints import seed_everything
+from reidnb.training.loop import fit, read_log
+from reidnb.training.method import Batch
+from reidnb.training.models import load_model, save_model
+from reidnb.training.scoring import score
 
 torch.set_num_threads(1)
 SMALL = dict(backbone='small', weights='none', height=64, width=32, cut_at='layer2', dim=16, batch_size=8, k=2,
@@ -205,7 +211,7 @@ def test_global_branch_is_fused():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_a_set_with_itself_is_one_product_with_the_same_numbers(changes, dtype, monkeypatch):
     "Re-ranking asks for `distance(x, x)`: pairs are multiplied once for both roles, also where roles matter"
-    import reidnb.matching as matching
+    import reidnb.ranking.matching as matching
     m = method(**changes)
     torch.nn.init.normal_(m.matcher.fc.weight)
     x, = maps(37, shape=m.encoder.shape)

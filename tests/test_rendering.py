@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from reidnb.bodies import PRIMITIVES, PARTS, JOINTS
-from reidnb.people import SEASONS, sample_people
-from reidnb.rendering import body_projection, rasterise, render, sweep_bounds, sweep_table, to_images
+from reidnb.world.bodies import JOINTS, PARTS, PRIMITIVES
+from reidnb.world.people import sample_people, SEASONS
+from reidnb.world.rendering import body_projection, rasterise, render, sweep_bounds, sweep_table, to_images
 
 PEOPLE = {s: sample_people(60, seed=9, season=s) for s in SEASONS}
 angle = st.floats(-20, 20)
@@ -73,8 +73,8 @@ def test_chunk_and_order_do_not_matter():
     assert (full.alpha - alone).abs().max() < .05
 
 
-CODE = ("import hashlib, torch; torch.set_num_threads({threads}); from reidnb.people import *; "
-        "from reidnb.rendering import *; p = sample_people(40, 3); n = torch.arange(40); "
+CODE = ("import hashlib, torch; torch.set_num_threads({threads}); from reidnb.world.people import *; "
+        "from reidnb.world.rendering import *; p = sample_people(40, 3); n = torch.arange(40); "
         "print(hashlib.sha1(to_images(render(p, n, n*.7, n*1.3)).tobytes()).hexdigest())")
 
 
@@ -95,7 +95,7 @@ def test_people_do_not_depend_on_n(season):
 
 def test_no_knee_through_a_skirt():
     "Seen from the front, thighs stay behind long skirts"
-    from reidnb.people import LOWERS
+    from reidnb.world.people import LOWERS
     p = sample_people(600, 2)
     p = p[p.lower == list(LOWERS).index('long skirt')]
     n = len(p)

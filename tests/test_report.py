@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from reidnb.crops import Crops, ReIDData, toy_crops
-from reidnb.evaluation import cosine_distance, evaluate
-from reidnb.report import _SECTIONS, Outcome, write_report
+from reidnb.data.crops import Crops, ReIDData
+from reidnb.data.toys import toy_crops
+from reidnb.ranking.evaluation import cosine_distance, evaluate
+from reidnb.practice.report import _SECTIONS, write_report
+from reidnb.training.scoring import Outcome
 
 VOID = {'meta', 'img', 'br'}
 

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from reidnb import samplers as S
-from reidnb.crops import CropDataset, toy_crops
-from reidnb.transforms import test_transform as plain
+from reidnb.data import samplers as S
+from reidnb.data.items import CropDataset
+from reidnb.data.toys import toy_crops
+from reidnb.data.transforms import test_transform as plain
 
 torch.set_num_threads(1)
 MANY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,20 +14,29 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from children import finish, plain, same, start, start_world
-from reidnb.crops import Crops, ReIDData, toy_crops
-from reidnb.datasets import load
-from reidnb.evaluation import cosine_distance, evaluate
-from reidnb.experiments import open_data, recipe, run_experiment
-from reidnb.extraction import extract
+from reidnb.data.crops import Crops, ReIDData
+from reidnb.data.toys import toy_crops
+from reidnb.datasets.catalogue import load
+from reidnb.ranking.evaluation import cosine_distance, evaluate
+from reidnb.methods.registry import recipe
+from reidnb.practice.experiments import run_experiment
+from reidnb.practice.opening import open_data
+from reidnb.networks.extraction import extract
 from reidnb.losses.identity import scr_loss
-from reidnb.methods.scr import (SCR, Projected, SCRSettings, TrackletPK, fit_projection, head_cam, scr_architecture)
-from reidnb.reranking import rerank_distances
-from reidnb.state import load_checkpoint
-from reidnb.temporal import sample_frames, tracklets
-from reidnb.tracklet_evaluation import (by_tracklet, compare_pooling, embed_tracklets, post_tracklets, score_tracklets,
-                                        tracklet_data, tracklet_table, write_mars)
-from reidnb.training import fit, load_model, read_log, save_model, score, seed_everything
-from reidnb.world import make_site
+from reidnb.methods.scr import (
+    fit_projection, head_cam, Projected, SCR, scr_architecture, SCRSettings, TrackletPK)
+from reidnb.ranking.reranking import rerank_distances
+from reidnb.core.checkpoints import load_checkpoint
+from reidnb.data.video import tracklets
+from reidnb.networks.frames import sample_frames
+from reidnb.data.video import by_tracklet, tracklet_data, tracklet_table
+from reidnb.datasets.videos import write_mars
+from reidnb.training.scoring import compare_pooling, embed_tracklets, post_tracklets, score_tracklets
+from reidnb.core.checkpoints import seed_everything
+from reidnb.training.loop import fit, read_log
+from reidnb.training.models import load_model, save_model
+from reidnb.training.scoring import score
+from reidnb.world.sites import make_site
 
 QUICK = dict(backbone='small', weights='none', height=48, width=24, p=4, k=2, epochs=4, steps=(3,), lr=1e-3)
 
@@ -160,7 +169,7 @@ def test_epoch_is_one_pass_over_people():
 
 def test_optimiser_and_schedule_of_the_recipe():
     s = SCRSettings()
-    from reidnb.training import schedule
+    from reidnb.training.method import schedule
     assert [s.lr * schedule(e, s) for e in (0, 299, 300, 399, 400, 499)] == pytest.approx([2e-4] * 2 + [2e-5] * 2 + [2e-6] * 2)
     o = build(backbone_lr=.1).optimizer()
     assert isinstance(o, torch.optim.Adam) and all(g['amsgrad'] and g['weight_decay'] == 5e-4 for g in o.param_groups)
@@ -295,7 +304,7 @@ def test_four_rows_of_table_3_5(walks):
 def test_protocol_by_tracklet(walks):
     test = walks.gallery
     stray = test[[0]].replace(pids=np.array([0]), tracks=np.array([-1]))
-    from reidnb.crops import concat
+    from reidnb.data.crops import concat
     data = ReIDData(walks.train, test[::5], concat(test[np.arange(len(test)) % 5 > 0], stray), name='x')
     by_cam, by_person = tracklet_data(data), tracklet_data(data, 'person')
     assert by_cam.dropped['test crops without a track'] == 1

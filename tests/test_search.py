@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from reidnb.crops import Crops, toy_crops
-from reidnb.search import (build_gallery, compare_images, load_gallery, nearest)
+from reidnb.data.crops import Crops
+from reidnb.data.toys import toy_crops
+from reidnb.neighbours.nearest import nearest
+from reidnb.practice.gallery import build_gallery, compare_images, load_gallery
 
 
 class Mean(nn.Module):

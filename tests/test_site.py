@@ -307,7 +307,7 @@ def test_pages_on_a_desk(browser, pages):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('word, page', [('pairwise_distance', 'features/metric_losses.html#reidnb.losses.metric.pairwise_distance'),
-                                        ('evaluate', 'ranking/evaluation.html#reidnb.evaluation.evaluate'),
+                                        ('evaluate', 'ranking/evaluation.html#reidnb.ranking.evaluation.evaluate'),
                                         ('trapezoid', 'protocol.html')])
 def test_search_finds(browser, word, page):
     tab = browser.new_page()

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from measure import peak
-from reidnb.tlift import (TLIFT_APPENDIX, TLIFT_MAIN, explain_lift, nearby, temporal_probability, tfusion, tlift,
-                          transfer_times, unit_scores)
+from reidnb.ranking.lifting import (
+    explain_lift, nearby, temporal_probability, tfusion, tlift, TLIFT_APPENDIX, TLIFT_MAIN,
+    transfer_times, unit_scores)
 
 
 def literal(sim, q_cams, q_times, g_cams, g_times, tau=100., sigma=200., k=10, alpha=.2):

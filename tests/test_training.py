@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from children import finish, plain, same, start, start_world
-from reidnb.state import load_checkpoint, save_checkpoint
-from reidnb.training import read_log
+from reidnb.core.checkpoints import load_checkpoint, save_checkpoint
+from reidnb.training.loop import read_log
 
 CHILD = Path(__file__).parent / 'train_child.py'
 
@@ -51,7 +51,7 @@ def test_loader_processes_do_not_change_the_run(whole, tmp_path):
     from dataclasses import replace
 
     import train_child
-    from reidnb.training import fit
+    from reidnb.training.loop import fit
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     method = train_child.build(4)

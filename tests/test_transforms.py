@@ -12,10 +12,12 @@ from PIL import Image
 from scipy import stats
 from torch.utils.data import DataLoader
 
-from reidnb import transforms as R
-from reidnb import views as V
-from reidnb.crops import CropDataset, Crops, toy_crops
-from reidnb.samplers import PKSampler
+from reidnb.data import transforms as R
+from reidnb.generators import camstyle as V
+from reidnb.data.crops import Crops
+from reidnb.data.items import CropDataset
+from reidnb.data.toys import toy_crops
+from reidnb.data.samplers import PKSampler
 
 torch.set_num_threads(1)
 QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -10,10 +10,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
-from reidnb.crops import Crops, toy_crops
-from reidnb.evaluation import evaluate
-from reidnb.viz import (camera_board, confusion, data_uri, distance_groups, embed_2d, plot_2d, plot_cmc,
-                        plot_distances, plot_training, ranked_lists, ranking)
+from reidnb.data.crops import Crops
+from reidnb.data.toys import toy_crops
+from reidnb.ranking.evaluation import evaluate
+from reidnb.viz.plots import (
+    confusion, data_uri, distance_groups, embed_2d, plot_2d, plot_cmc, plot_distances,
+    plot_training)
+from reidnb.viz.sheets import camera_board, ranked_lists, ranking
 
 crops = toy_crops(n_ids=5, n_cams=3, n_each=3)
 query, gallery = crops[np.arange(len(crops)) % 3 == 0], crops[np.arange(len(crops)) % 3 > 0]

@@ -1,4 +1,4 @@
-"""Property, fault and repeat tests of the world: `reidnb.places`, `cameras`, `walks`, `world`."""
+"""Property, fault and repeat tests of the world: `reidnb.world.places`, `cameras`, `walks`, `world`."""
 import subprocess
 import sys
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from reidnb.cameras import person_window, view_grid
-from reidnb.crops import Crops
-from reidnb.places import GROUNDS, WALLS, Pose, make_plate
-from reidnb.walks import companions, make_network, on_path, sample_walks
-from reidnb.world import SITES, make_junk, make_site, people_of, plan_site, projection, render_plan, truth, write_market
+from reidnb.world.cameras import person_window, view_grid
+from reidnb.data.crops import Crops
+from reidnb.world.places import GROUNDS, make_plate, Pose, WALLS
+from reidnb.world.walks import companions, make_network, on_path, sample_walks
+from reidnb.world.plans import plan_site, SITES
+from reidnb.world.sites import make_junk, make_site, people_of, projection, render_plan, truth, write_market
 
 KIND = ('train', 'query', 'gallery')
 
@@ -24,7 +25,7 @@ def site():
 # --- repeatability -----------------------------------------------------------------------------------------
 CODE = """
 import hashlib
-from reidnb.world import make_site
+from reidnb.world.sites import make_site
 d = make_site('mall', n_train=3, n_test=3, seed=5, height=64, width=32)
 h = hashlib.sha256()
 for c in (d.train, d.query, d.gallery):
@@ -129,7 +130,7 @@ def test_groups_are_in_the_times(site):
 
 # --- Market-1501 on disk -----------------------------------------------------------------------------------
 def test_market_reads_back_equal(site, tmp_path):
-    datasets = pytest.importorskip('reidnb.datasets')
+    datasets = pytest.importorskip('reidnb.datasets.catalogue')
     root = write_market(site, tmp_path/'Market-1501-v15.09.15')
     back = datasets.load('market1501', root=root)
     for k in KIND:
@@ -150,7 +151,7 @@ def test_write_market_refuses(site, tmp_path):
     with pytest.raises(ValueError, match='not an empty folder'):
         write_market(site, tmp_path/'a')
     assert (tmp_path/'a'/'mine.txt').read_text() == 'keep me'
-    from reidnb.crops import ReIDData
+    from reidnb.data.crops import ReIDData
     with pytest.raises(ValueError, match='make_site'):
         write_market(ReIDData(train=Crops([b'x'])), tmp_path/'b')
     assert not (tmp_path/'b').exists()

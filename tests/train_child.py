@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from reidnb.crops import toy_crops
+from reidnb.data.toys import toy_crops
 from reidnb.methods.baseline import Baseline, BaselineSettings
-from reidnb.training import fit, seed_everything
+from reidnb.core.checkpoints import seed_everything
+from reidnb.training.loop import fit
 
 torch.set_num_threads(1)
 

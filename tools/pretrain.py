@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
-from reidnb.cards import write_card
-from reidnb.contract import load_model, save_model, score
-from reidnb.experiments import open_data, recipe, run_experiment
+from reidnb.training.cards import write_card
+from reidnb.training.models import load_model, save_model
+from reidnb.training.scoring import score
+from reidnb.methods.registry import recipe
+from reidnb.practice.experiments import run_experiment
+from reidnb.practice.opening import open_data
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..backbones import Classifier, Encoder, make_backbone
-from ..crops import Crops
+from ..core.distributed import gather
+from ..data.crops import Crops
+from ..data.samplers import PKSampler, ShuffleSampler
+from ..data.transforms import train_transform
 from ..losses.identity import ArcFace, CenterLoss, ClassMemoryLoss
 from ..losses.metric import batch_hard_triplet
-from ..processes import gather
-from ..samplers import PKSampler, ShuffleSampler
-from ..training import Batch, Method, Settings
-from ..transforms import train_transform
+from ..networks.backbones import Classifier, Encoder, make_backbone
+from ..training.method import Batch, Method, Settings
 
 # %% ../../nbs/methods/10_baseline.ipynb #493909fc
 _Loss = Literal['softmax', 'softmax+triplet', 'arc', 'center', 'class_memory', 'triplet']

@@ -18,20 +18,21 @@ from fastcore.basics import patch
 from torch import Tensor
 from torchvision.transforms import v2 as T
 
-from ..backbones import Encoder, load_weights, make_backbone
-from ..clustering import Clusters, cluster_stats
-from ..crops import Crops
+from ..core.distributed import gather
+from ..data.crops import Crops
+from ..data.samplers import FixedLength, MoreCameraPK, PKSampler
+from ..data.transforms import GaussianBlur, RandomErasing, Views, pipeline, test_transform
 from ..losses.contrastive import agnostic_proxy_loss, camera_proxy_loss, hard_instance_loss
 from ..losses.distillation import consistency_loss
-from ..memory import CameraProxyMemory, ClusterProxyMemory
-from ..norms import convert_norms
-from ..processes import gather
-from ..pseudo_labels import ClusterSettings, PseudoLabels, labelled_epoch, pseudo_labels, shared_features
-from ..samplers import FixedLength, MoreCameraPK, PKSampler
-from ..teacher import EMATeacher
-from ..training import Method
-from ..transforms import GaussianBlur, RandomErasing, pipeline, test_transform
-from ..views import Views
+from ..neighbours.clustering import Clusters, cluster_stats
+from ..networks.backbones import Encoder, make_backbone
+from ..networks.memory import CameraProxyMemory, ClusterProxyMemory
+from ..networks.norms import convert_norms
+from ..networks.teacher import EMATeacher
+from ..networks.weights import load_weights
+from reidnb.training.labelling import (ClusterSettings, PseudoLabels, labelled_epoch, pseudo_labels,
+    shared_features)
+from ..training.method import Method
 
 # %% ../../nbs/methods/80_ice.ipynb #57928fa7
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torchvision.transforms import v2 as T
 
-from ..backbones import Encoder, make_backbone
-from ..clustering import Clusters, cluster_stats, dbscan, reliable
-from ..crops import Crops
+from ..core.distributed import gather
+from ..data.crops import Crops
+from ..data.samplers import CameraDiversePK, FixedLength, MoreCameraPK, PKSampler
+from ..data.transforms import RandomErasing, pipeline
 from ..losses.contrastive import camera_proxy_loss
 from ..losses.hybrid import hybrid_loss, intra_camera_loss
-from ..memory import CameraProxyMemory, HybridMemory
-from ..processes import gather
-from ..pseudo_labels import ClusterSettings, labelled_epoch, pseudo_labels, shared_features
-from ..samplers import CameraDiversePK, FixedLength, MoreCameraPK, PKSampler
-from ..training import Method
-from ..transforms import RandomErasing, pipeline
+from ..neighbours.clustering import Clusters, cluster_stats, dbscan, reliable
+from ..networks.backbones import Encoder, make_backbone
+from ..networks.memory import CameraProxyMemory, HybridMemory
+from ..training.labelling import ClusterSettings, labelled_epoch, pseudo_labels, shared_features
+from ..training.method import Method
 
 # %% ../../nbs/methods/75_proxies.ipynb #95fb8028
 def _encoder(s, use_only):

@@ -21,18 +21,18 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.transforms import v2 as T
 
-from ..backbones import make_backbone
-from ..crops import Crops, ReIDData, concat
-from ..extraction import extract
+from ..core.distributed import gather, rank_size
+from ..data.crops import Crops, ReIDData, concat
+from ..data.samplers import PKSampler, ShuffleSampler
+from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, method_transform
 from ..losses.identity import cross_entropy
 from ..losses.metric import focal_bce, hard_triplet
-from ..matching import (QAConv, Matches, best_matches, correspondences, draw_matches, global_feature,
-                             score_matrix, unit_maps)
-from ..memory import ClassMapMemory
-from ..processes import gather, rank_size
-from ..samplers import PKSampler, ShuffleSampler
-from ..training import Batch, Method, Settings
-from ..transforms import IMAGENET_MEAN, IMAGENET_STD, method_transform
+from ..networks.backbones import make_backbone
+from ..networks.extraction import extract
+from ..networks.memory import ClassMapMemory
+from ..ranking.matching import (Matches, QAConv, best_matches, correspondences, draw_matches,
+    global_feature, score_matrix, unit_maps)
+from ..training.method import Batch, Method, Settings
 
 # %% ../../nbs/methods/20_qaconv.ipynb #32976391
 LOSSES = ('focal', 'bce', 'softmax', 'triplet', 'focal+triplet', 'bce+triplet', 'softmax+triplet')

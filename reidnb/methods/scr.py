@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import add_residual_attention, add_se, grad_cam
-from ..backbones import make_backbone
-from ..crops import Crops
-from ..evaluation import cosine_distance
+from ..core.distributed import gather
+from ..data.crops import Crops
+from ..data.samplers import PKSampler, ShuffleSampler
+from ..data.transforms import train_transform
 from ..losses.identity import mean_cross_entropy
 from ..losses.metric import batch_hard_triplet, pairwise_distance
-from ..partitions import Architecture, MultiBranch, pcb, scr
-from ..processes import gather
-from ..samplers import PKSampler, ShuffleSampler
-from ..training import Method, Settings
-from ..transforms import train_transform
+from ..networks.attention import add_residual_attention, add_se, grad_cam
+from ..networks.backbones import make_backbone
+from ..networks.partitions import Architecture, MultiBranch, pcb, scr
+from ..ranking.evaluation import cosine_distance
+from ..training.method import Method, Settings
 
 # %% ../../nbs/methods/30_scr.ipynb #40219ecf
 @dataclass(frozen=True)

@@ -1,0 +1,10 @@
+"Open data, search, run, report, compare."
+from reidnb import _face
+
+__getattr__, __dir__, __all__ = _face(__name__, {
+    'opening': 'open_data',
+    'gallery': 'Gallery build_gallery load_gallery compare_images show_hits',
+    'report': 'write_report',
+    'experiments': 'run_experiment report_run',
+    'benchmarks': 'bench',
+    'ablations': 'run_grid grid_table plot_grid'})
