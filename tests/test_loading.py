@@ -21,7 +21,6 @@ from reidnb.data.samplers import PKSampler, ShuffleSampler
 from reidnb.data.transforms import IMAGENET_MEAN, method_transform, PIPELINES, RandomErasing, train_transform
 from reidnb.data.transforms import test_transform as plain
 from reidnb.data.transforms import Views
-from reidnb.generators.camstyle import method_views
 
 torch.set_num_threads(1)
 LEVEL = 1e-3
@@ -69,7 +68,7 @@ def test_every_recipe_reads_the_same_from_the_cache(name):
 
 
 def test_views_and_extraction_from_the_cache():
-    crops, t = toy_crops(3, n_cams=2), method_views('ice', 32, 16)
+    crops, t = toy_crops(3, n_cams=2), Views(*[method_transform(k, 32, 16) for k in ('ice', 'ice', 'ice-plain')])
     fast = L.cache_for(crops, t)
     assert fast.image(0).size == (16, 32)
     a, b = (next(iter(DataLoader(CropDataset(c, t, seed=0), 12)))[0] for c in (crops, fast))

@@ -10,9 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
+from reidnb.core.figures import HUES, RIGHT, caption, contact_sheet, legend_strip, picture, tile, tile_sheet
 from reidnb.data.crops import Crops
 from reidnb.data.toys import toy_crops
 from reidnb.ranking.evaluation import evaluate
+from reidnb.ranking.matching import draw_matches, Matches
+from reidnb.viz.clusters import cluster_sheet, people_sheet, plot_eps, plot_sizes
 from reidnb.viz.plots import (
     confusion, data_uri, distance_groups, embed_2d, plot_2d, plot_cmc, plot_distances,
     plot_training)
@@ -65,11 +68,136 @@ def test_ranked_lists_without_any_match_still_draws():
 def test_ranked_lists_goes_from_best_to_worst():
     best = np.where(query.pids[:, None] == gallery.pids, 0, 1) + dist*1e-3
     best[3] = 1-best[3]                                 # query 3 is all wrong
-    alone = ranked_lists(query, gallery, best, queries=[3], k=4)
-    both = ranked_lists(query, gallery, best, n=2, k=4)
+    alone = ranked_lists(query, gallery, best, queries=[3], k=4, legend=False)
+    both = ranked_lists(query, gallery, best, n=2, k=4, legend=False)
     assert GREEN not in colours(alone) and both.height > alone.height
     last = both.crop((0, both.height-alone.height+18, *both.size)).resize((50, 50))
     assert np.abs(np.asarray(last, int)-np.asarray(alone.crop((0, 18, *alone.size)).resize((50, 50)), int)).mean() < 12
+
+
+PINK = (255, 0, 255)
+
+
+def pink(n, size=(64, 32), **columns):
+    "A table of crops of one plain colour, which no frame, badge or letter has"
+    return Crops(np.full((n, *size, 3), PINK, np.uint8), **columns)
+
+
+def blocks(image, height, width):
+    "Places of whole pink blocks; fails when a pink pixel lies outside of them"
+    at = (np.asarray(image) == PINK).all(2)
+    found = []
+    while at.any():
+        y, x = np.argwhere(at)[0]
+        assert at[y:y+height, x:x+width].sum() == height*width, f'something covers the crop at {x}, {y}'
+        at[y:y+height, x:x+width] = False
+        found.append((int(y), int(x)))
+    return found
+
+
+@pytest.mark.parametrize('height', [None, 40, 130])
+def test_nothing_covers_a_crop(height):
+    "Each sheet, with all its marks, letters and its legend, shows every pixel of every crop; 96 high or more by default"
+    kw = {} if height is None else dict(height=height)
+    q, g = pink(2, pids=[1, 2], cams=[0, 1]), pink(8, pids=[1, 1, 2, 2, 3, -2, 0, 1], cams=[1, 2, 0, 2, 1, 0, 3, 1])
+    d = np.arange(16.).reshape(2, 8)
+    labels = np.array([0, 0, 0, 1, 1, -1, 0, 1])
+    sheets = [(ranked_lists(q, g, d, **kw), 18, 112), (camera_board(g, **kw), 8, 96),
+              (contact_sheet(g, frames=HUES[:7]+[RIGHT], labels=[f'a long label {i}' for i in range(8)],
+                             legend={'right': RIGHT, 'left': HUES[0]}, **kw), 8, 96),
+              (cluster_sheet(g, labels, which=[0, 1, -1], **kw), 8, 96),
+              (people_sheet(g, labels, people=[1, 2, 3], **kw), 6, 96)]
+    for image, n, default in sheets:
+        h = height or default
+        assert h >= 96 or height
+        assert len(blocks(image, h, h//2)) == n
+
+
+@pytest.mark.parametrize('mark', [-1, 0, 1])
+@pytest.mark.parametrize('lines', [(), ('cam 3',), ('cam 3', '0.2'), ('', 'a line that is wider than the image itself')])
+@pytest.mark.parametrize('size', [(64, 32), (20, 90), (3, 200), (200, 3), (96, 48)])
+def test_a_tile_leaves_its_crop_alone(mark, lines, size):
+    "The whole image at the top, its frame around it, text and badge below"
+    image = Image.new('RGB', size[::-1], PINK)
+    t, w = tile(image, '#228833', lines, mark, height=96), min(max(1, round(96*size[1]/size[0])), 96)
+    (y, x), = blocks(t, 96, w)
+    assert y == 3
+    around = np.asarray(t)[:102, x-3:x+w+3].copy(); around[3:99, 3:w+3] = GREEN
+    assert (around == GREEN).all()
+    left = np.asarray(t)[:102].copy(); left[:, x-3:x+w+3] = 255
+    assert (left == 255).all()                                # nothing stands beside the frame either
+    below = np.asarray(t)[102:]
+    assert (below.min() < 100 if any(lines) else mark >= 0 or (below == 255).all())
+    assert ((below == GREEN).all(2).any(), (below == RED).all(2).any()) == (mark == 1, mark == 0)
+
+
+def test_legends_name_the_frames_that_occur():
+    "Added below and never over a sheet; a kind of frame that is not drawn is not named"
+    for draw in (lambda **kw: ranked_lists(query, gallery, dist, n=2, **kw),
+                 lambda **kw: cluster_sheet(gallery, gallery.pids, **kw),
+                 lambda **kw: people_sheet(gallery, np.arange(len(gallery)), people=[1, 2], **kw)):
+        told, bare = draw(), draw(legend=False)
+        assert told.height > bare.height and told.width >= bare.width
+        assert told.crop((0, 0, *bare.size)).tobytes() == bare.tobytes()
+    pure = cluster_sheet(gallery, gallery.pids)               # a cluster a person: nobody else
+    assert GREEN in colours(pure) and RED not in colours(pure)
+    narrow = ranked_lists(query, gallery, dist, queries=[0], k=1)
+    foot = narrow.crop((0, narrow.height-30, *narrow.size))
+    assert (np.asarray(foot)[:, -6:] == 255).all()            # a line longer than the sheet is not cut
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text('abc xyz', min_size=1, max_size=30), min_size=1, max_size=6, unique=True), st.integers(1, 600))
+def test_a_legend_keeps_its_width(texts, width):
+    alone = [legend_strip({t: HUES[0]}, 1).width for t in texts]
+    strip = legend_strip(dict.fromkeys(texts, HUES[0]), width)
+    assert strip.width <= max(width, *alone)
+    assert strip.height <= len(texts)*legend_strip({texts[0]: HUES[0]}, 1).height
+
+
+def test_a_sheet_of_ragged_rows():
+    a, b = Image.new('RGB', (30, 20), PINK), Image.new('RGB', (10, 50), PINK)
+    sheet = tile_sheet([[a, None, b], [b]], ['x', '', 'y'], legend={'one': RIGHT, 'two': (RIGHT, 1)})
+    assert (np.asarray(sheet) == PINK).all(2).sum() == 30*20+2*10*50
+    assert caption(['a', 'b', 'c'], 96).size == (104, 96)
+
+
+@pytest.mark.parametrize('n', [0, 1, 30])
+def test_matches_have_names_and_a_legend(n):
+    "The lines are the picture; names stand above it, the legend below"
+    place = torch.randint(0, 4, (n, 2), generator=torch.Generator().manual_seed(n))
+    found = Matches(place, place, torch.rand(n), torch.arange(n) % 2 == 0, None, (4, 4))
+    grey = Image.new('RGB', (32, 64), '#888888')
+    told, bare = (draw_matches(grey, grey, found, None, legend=k) for k in (True, False))
+    assert bare.size == (2*128+60, 256) and told.crop((0, 17, bare.width, 17+256)).tobytes() == bare.tobytes()
+    tiny = draw_matches(grey, grey, found, height=20, gap=2)  # the legend is wider than the picture
+    assert tiny.width > 2*10+2
+
+
+def labelled(fig):
+    "Each panel has names on both axes, and each curve is told: by a legend, or alone by the axis"
+    return all(ax.get_xlabel() and ax.get_ylabel() and (ax.get_legend() or len(ax.lines) == 1) for ax in fig.axes)
+
+
+def test_every_plot_names_its_axes_and_curves():
+    m = evaluate(dist, query.pids, gallery.pids, query.cams, gallery.cams)
+    log = [dict(epoch=e, step=e, loss=1/(1+e), a=.1, b=.2, lr=.1, mAP=.5, R1=.6) for e in range(4)]
+    for fig in (plot_cmc(m), plot_distances(dist, query.pids, gallery.pids, query.cams, gallery.cams),
+                plot_2d(np.random.default_rng(0).random((30, 2)), np.arange(30) % 3, np.arange(30) % 5),
+                plot_training(log), plot_sizes([0, 0, 1], [1, 2, 2]), plot_sizes([0, 0, 1]),
+                plot_eps([.1, .2, .3, .9], .2)):
+        assert labelled(fig)
+    fig = plot_2d(np.random.default_rng(0).random((30, 2)), np.arange(30) % 3, np.arange(30) % 5)
+    told = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+    assert told[:3] == ['cam 0', 'cam 1', 'cam 2'] and len(told) == 4 and 'person' in told[3]
+
+
+def test_a_figure_survives_pickling_and_a_plain_one_stays_as_it_is():
+    import pickle
+    fig = picture(3, 2); fig.subplots().plot([1, 2])
+    assert pickle.loads(pickle.dumps(fig))._repr_svg_() == fig._repr_svg_()
+    plain = Figure(layout='constrained'); plain.subplots().plot([1, 2])
+    assert data_uri(plain).startswith('data:image/svg') and plain.get_layout_engine() is not None
 
 
 def test_small_gallery_and_bad_choices():

@@ -7,12 +7,11 @@ __all__ = ['PALETTE', 'setup', 'show_image']
 
 # %% ../../nbs/core/40_notebook.ipynb #14599e59
 import io
+import sys
 
 import matplotlib as mpl
 import torch
 from cycler import cycler
-from IPython import get_ipython
-from IPython.display import Image, display
 from PIL import Image as PILImage
 
 # %% ../../nbs/core/40_notebook.ipynb #80d66244
@@ -29,7 +28,7 @@ def setup(
         'axes.titlesize': 10, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
         'legend.fontsize': 8, 'legend.frameon': False})
     torch.set_printoptions(precision=3, sci_mode=False)
-    ip = get_ipython()
+    ip = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     if ip is None or not hasattr(ip, 'kernel'): return
     ip.run_line_magic('config', "InlineBackend.figure_formats=['svg']")
     keep = {'bbox_inches': None, 'metadata': {'Date': None}}
@@ -41,6 +40,7 @@ def show_image(
     quality:int=85, # JPEG quality, 1 to 95
 )->None: # Nothing; the picture is the cell's output
     "Show a picture in a notebook as JPEG, for small notebooks"
+    from IPython.display import Image, display
     buffer = io.BytesIO()
     image.convert('RGB').save(buffer, 'JPEG', quality=quality)
     display(Image(data=buffer.getvalue(), format='jpeg'))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.files import existing_folder, list_images, name_some
 from .crops import DISTRACTOR, JUNK, UNKNOWN, Crops, ReIDData, concat
-from .splits import _crosses, split_ids, split_query_gallery
+from .splits import crosses_cameras, split_ids, split_query_gallery
 
 # %% ../../nbs/data/20_folders.ipynb #9e2d2eac
 def _natural(
@@ -303,7 +303,7 @@ def _protocol(
 )->ReIDData: # The same with `cross_camera` set
     "Choose the protocol the cameras allow"
     if data.query is None or data.gallery is None: return data
-    data.cross_camera = _crosses(concat(data.query.replace(extra={}), data.gallery.replace(extra={})))
+    data.cross_camera = crosses_cameras(concat(data.query.replace(extra={}), data.gallery.replace(extra={})))
     if not data.cross_camera:
         data.notes.append("no person is seen by two known cameras: matches within a camera count")
     return data

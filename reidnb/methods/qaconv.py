@@ -115,6 +115,17 @@ def _evaluating(module):
     try: yield module
     finally: module.train(mode)
 
+def _parse(s):
+    "Names of the loss terms; raises for settings that cannot work"
+    if s.loss not in LOSSES: raise ValueError(f"loss {s.loss!r}: one of {', '.join(LOSSES)}")
+    if s.half not in ('no', 'bf16', 'fp16'): raise ValueError(f"half {s.half!r}: 'no', 'bf16' or 'fp16'")
+    if s.batch_size<2: raise ValueError(f'batch_size={s.batch_size}: at least 2')
+    if not 0<=s.memory_keep<1: raise ValueError(f'memory_keep={s.memory_keep}: in [0,1)')
+    if s.focus<0: raise ValueError(f'focus={s.focus}: at least 0')
+    if 'triplet' in s.loss and (s.k<2 or s.batch_size//s.k<2):
+        raise ValueError(f'batches of {s.batch_size} with k={s.k}: a triplet needs 2 x 2 images')
+    return s.loss.split('+')
+
 # %% ../../nbs/methods/20_qaconv.ipynb #2f7280dd
 class QAConvMethod(Method):
     "Matching by query-adaptive convolution, trained against a class memory (Liao and Shao 2020)"
@@ -145,18 +156,6 @@ class QAConvMethod(Method):
 
     def epoch(self, n): return self.batches(self.data, n)
     def embed(self, images): return self.encoder(images).flatten(1)
-
-# %% ../../nbs/methods/20_qaconv.ipynb #be54d30a
-def _parse(s):
-    "Names of the loss terms; raises for settings that cannot work"
-    if s.loss not in LOSSES: raise ValueError(f"loss {s.loss!r}: one of {', '.join(LOSSES)}")
-    if s.half not in ('no', 'bf16', 'fp16'): raise ValueError(f"half {s.half!r}: 'no', 'bf16' or 'fp16'")
-    if s.batch_size<2: raise ValueError(f'batch_size={s.batch_size}: at least 2')
-    if not 0<=s.memory_keep<1: raise ValueError(f'memory_keep={s.memory_keep}: in [0,1)')
-    if s.focus<0: raise ValueError(f'focus={s.focus}: at least 0')
-    if 'triplet' in s.loss and (s.k<2 or s.batch_size//s.k<2):
-        raise ValueError(f'batches of {s.batch_size} with k={s.k}: a triplet needs 2 x 2 images')
-    return s.loss.split('+')
 
 # %% ../../nbs/methods/20_qaconv.ipynb #e88fd7e2
 @patch
@@ -305,6 +304,19 @@ def _is_live():
     "Whether someone looks: a server of Jupyter, VS Code or Colab started this kernel"
     return bool({'JPY_SESSION_NAME', 'VSCODE_PID'} & os.environ.keys()) or 'google.colab' in sys.modules
 
+@torch.no_grad()
+def _ranked(method, row, g, query, gallery):
+    "Gallery rows by distance from one query, without its own camera's images of it; the distances"
+    distance = method.distance(row[None], g)[0]
+    junk = (gallery.pids==query.pids[0]) & (gallery.cams==query.cams[0]) & (gallery.cams>=0)
+    order = distance.argsort(stable=True)
+    return order[~torch.from_numpy(junk)[order]], distance
+
+def _same(query, gallery, i, j):
+    known = query.pids[i]>0 and gallery.pids[j]>=0
+    return 'not known who' if not known else \
+        'the same person' if query.pids[i]==gallery.pids[j] else 'another person'
+
 # %% ../../nbs/methods/20_qaconv.ipynb #d4263fbb
 def explore_matches(
     method:QAConvMethod, # A trained method
@@ -336,20 +348,6 @@ def explore_matches(
         place=slide(w.IntSlider, 'place', 1, len(g), 1),
         threshold=slide(w.FloatSlider, 'threshold', -1., 1., threshold, step=.05),
         lines=slide(w.IntSlider, 'lines', 0, 2*method.encoder.shape[1]*method.encoder.shape[2], lines)))
-
-# %% ../../nbs/methods/20_qaconv.ipynb #1bef044d
-@torch.no_grad()
-def _ranked(method, row, g, query, gallery):
-    "Gallery rows by distance from one query, without its own camera's images of it; the distances"
-    distance = method.distance(row[None], g)[0]
-    junk = (gallery.pids==query.pids[0]) & (gallery.cams==query.cams[0]) & (gallery.cams>=0)
-    order = distance.argsort(stable=True)
-    return order[~torch.from_numpy(junk)[order]], distance
-
-def _same(query, gallery, i, j):
-    known = query.pids[i]>0 and gallery.pids[j]>=0
-    return 'not known who' if not known else \
-        'the same person' if query.pids[i]==gallery.pids[j] else 'another person'
 
 # %% ../../nbs/methods/20_qaconv.ipynb #8344a57d
 def same_part(

@@ -23,8 +23,9 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
+from ..core.figures import contact_sheet
 from ..core.files import write_atomic
-from ..data.crops import Crops, concat, contact_sheet
+from ..data.crops import Crops, concat
 from ..neighbours.nearest import nearest
 from ..networks.extraction import extract
 

@@ -345,9 +345,9 @@ def plot_lift(
 ): # The matplotlib figure
     "Draw a lifted match on the time axes of its two cameras"
     from matplotlib.patches import ConnectionPatch
-    from reidnb.viz.plots import _Picture
+    from reidnb.core.figures import picture
     (qt, gt), (t, x), tau, sigma = lift.clocks, lift.moments, lift.params['tau'], lift.params['sigma']
-    fig = _Picture(figsize=(7,3.6), layout='constrained', dpi=80)
+    fig = picture(7, 3.6)
     top, low = fig.subplots(2, 1, height_ratios=(1,2.2))
     a, b = gt[lift.pivots].min()-x, gt[lift.pivots].max()-x
     span = min(a, 0)-.6*sigma, max(b, 0)+.6*sigma

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from ..core.figures import HUES, INK, font, legend_strip
+
 # %% ../../nbs/ranking/40_matching.ipynb #56d87b1d
 def unit_maps(
     x:Tensor, # Feature maps, `(N,d,h,w)`
@@ -400,8 +402,9 @@ def draw_matches(
     matches:Matches, # From `correspondences` on their maps
     n:int|None=12, # Draw the `n` largest by contribution (or similarity); None: all
     *,
-    height:int=256, # Height of the picture, pixels
+    height:int=256, # Height of the crops, pixels
     gap:int=60, # Space between the crops, pixels
+    legend:bool=True, # Name the crops above, and the colours below
 )->Image.Image: # The two crops with a line per match: blue from a query place, red from a gallery place
     "Lines between the places of two crops that matched"
     up = 3                                                       # drawn larger, then reduced: smooth lines
@@ -411,11 +414,22 @@ def draw_matches(
     for im,wh,x in zip((query, gallery), size, left): sheet.paste(im.convert('RGB').resize(wh), (x, 0))
     pen = ImageDraw.Draw(sheet)
     h, w = matches.shape
-    order = matches.order()[:n].flip(0).tolist()
-    for k in order:
+    for k in matches.order()[:n].flip(0).tolist():
         ends = [(x0+(float(p[1])+.5)/w*wh[0], (float(p[0])+.5)/h*wh[1])
                 for p,x0,wh in zip((matches.query[k], matches.gallery[k]), left, size)]
-        colour = '#4477aa' if matches.from_query[k] else '#ee6677'
+        colour = HUES[0] if matches.from_query[k] else HUES[1]
         pen.line(ends, fill=colour, width=2*up)
-        for x,y in ends: pen.ellipse((x-4*up, y-4*up, x+4*up, y+4*up), fill=colour, outline='white', width=up)
-    return sheet.reduce(up)
+        for x,y in ends:
+            pen.ellipse((x-4*up, y-4*up, x+4*up, y+4*up), fill=colour, outline='white', width=up)
+    sheet = sheet.reduce(up)
+    return _named(sheet, [(x+wh[0]/2)/up for x,wh in zip(left, size)]) if legend else sheet
+
+def _named(sheet, middle):
+    "Matches with the names of the crops above and of the colours below"
+    names = ('query', 'gallery')
+    foot = legend_strip({f'best match of a {k} place': c for k,c in zip(names, HUES)}, sheet.width)
+    out = Image.new('RGB', (max(sheet.width, foot.width), 17+sheet.height+5+foot.height), 'white')
+    for x,text in zip(middle, names):
+        ImageDraw.Draw(out).text((x, 1), text, fill=INK, font=font(11), anchor='ma')
+    out.paste(sheet, (0,17)); out.paste(foot, (0,17+sheet.height+5))
+    return out

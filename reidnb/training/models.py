@@ -33,12 +33,14 @@ def save_model(
 
 # %% ../../nbs/training/20_models.ipynb #f424d82c
 _small = Path(reidnb.__file__).parent/'weights'/'small.safetensors'   # trained by tools/pretrain.py
+_MOVED = {'reidnb.contract': 'reidnb.training.method', 'reidnb.training': 'reidnb.training.method',
+          'reidnb.pseudo_labels': 'reidnb.training.labelling'} # Where files of before look for classes -> where they are
 
-def _named(spec):
+def _named(spec): # The class that 'module:name' means
     module, name = spec.split(':')
     if not module.startswith('reidnb.'): raise ValueError(
         f'the file names {spec}, which is outside this package: give its class with `cls=`')
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(_MOVED.get(module, module)), name)
 
 # %% ../../nbs/training/20_models.ipynb #72187a9e
 def _read_model(path): # Header and tensors of a model file

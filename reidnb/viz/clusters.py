@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from reidnb.core.figures import (HUES, INK, OPEN, RIGHT, WRONG, camera_name, caption, panels, tile,
+    tile_sheet, words)
 from ..data.crops import Crops
 from ..neighbours.clustering import suggest_eps
-from .plots import _HUES, _panels, _words
-from .sheets import _INK, _OPEN, _RIGHT, _WRONG, _camera, _caption, _sheet, _tile
 
 # %% ../../nbs/viz/30_clusters.ipynb #a0a81509
 def pick_clusters(
@@ -59,10 +59,11 @@ def cluster_sheet(
     *,
     n:int=6, # Rows when `which` is None
     per:int=9, # Crops of a cluster
-    height:int=72, # Height of a crop, pixels
+    height:int=96, # Height of a crop, pixels
+    legend:bool=True, # Say below what the frames mean
 )->Image.Image: # The sheet, RGB
     "Clusters as rows of crops, with cameras and hidden people"
-    y, rows = _fits(labels, crops), []
+    y, rows, seen = _fits(labels, crops), [], set()
     which = pick_clusters(y, n) if which is None else np.atleast_1d(which)
     if not len(which): raise ValueError('no cluster to show: every label is -1, or `which` is empty')
     for k in which:
@@ -71,24 +72,31 @@ def cluster_sheet(
         most = _most(crops.pids[at]) if k>=0 else None
         shown = at[np.argsort(crops.cams[at], kind='stable')]
         shown = shown[np.unique(np.linspace(0, len(at)-1, min(per, len(at))).astype(int))]
-        rows.append([_caption(_facts(k, crops[at]), height, 124)]
-                    + [_crop(crops, i, most, height) for i in shown])
-    return _sheet(rows, gap=4)
+        marks = [_mark(crops.pids[i], most) for i in shown]
+        rows.append([caption(_facts(k, crops[at]), height, 124)]
+                    + [_crop(crops, i, m, height) for i,m in zip(shown, marks)])
+        seen |= set(marks)
+    return tile_sheet(rows, gap=4, legend={t: how for m,t,how in _MARKS if m in seen} if legend else None)
 
 # %% ../../nbs/viz/30_clusters.ipynb #427b4d13
+_MARKS = ((1, 'most frequent person of the cluster', (RIGHT,1)), (0, 'somebody else', (WRONG,0)),
+          (-1, 'no verdict: not known, or noise', OPEN))
+
+def _mark(pid, most):
+    "1 for the person `most`, 0 for somebody else, -1 where nobody knows"
+    return -1 if most is None or pid<0 else int(pid==most)
+
 def _facts(k, part):
     "Lines about a cluster"
     cams = f', {part.n_cams} camera'+'s'*(part.n_cams!=1) if part.has_cams else ''
     pure = [f'{100*_purity(part.pids):.0f} % one person'] if part.n_ids and k>=0 else []
     return ['noise' if k<0 else f'cluster {k}', f'{len(part)} crops'+cams, *pure]
 
-def _crop(crops, i, most, height):
-    "A crop framed by whether it shows the person `most`"
-    p = crops.pids[i]
-    mark = -1 if most is None or p<0 else int(p==most)
-    name = f', {p}' if p>0 else ''
-    return _tile(crops.image(i), (_WRONG, _RIGHT, _OPEN)[mark], _camera(crops.cams[i])+name, mark=mark,
-                 height=height, edge=2, size=9)
+def _crop(crops, i, mark, height):
+    "A crop framed by its mark, with its camera and person"
+    name = f'id {crops.pids[i]}' if crops.pids[i]>0 else ''
+    return tile(crops.image(i), (WRONG, RIGHT, OPEN)[mark], (camera_name(crops.cams[i]), name), mark,
+                height, edge=2, size=10)
 
 # %% ../../nbs/viz/30_clusters.ipynb #64aa565a
 def merged_clusters(
@@ -115,6 +123,8 @@ def _mixed(groups, members, labels, pids):
     return sorted(out, key=lambda g: (max(g[1].values())-sum(g[1].values()), g[0]))
 
 # %% ../../nbs/viz/30_clusters.ipynb #3e5c4e96
+_NEUTRAL = [HUES[i] for i in (0,3,5,4)] # no green and no red: they mean right and wrong
+
 def people_sheet(
     crops:Crops, # The table, `N` crops
     labels, # Labels, int `(N,)`; `-1` is noise
@@ -122,7 +132,8 @@ def people_sheet(
     *,
     n:int=4, # Rows when `people` is None
     per:int=10, # Crops of a person
-    height:int=72, # Height of a crop, pixels
+    height:int=96, # Height of a crop, pixels
+    legend:bool=True, # Say below what the frames mean
 )->Image.Image: # The sheet, RGB
     "People as rows of crops, with the clusters they fell into"
     y, rows = _fits(labels, crops), []
@@ -133,13 +144,14 @@ def people_sheet(
         if not len(at): raise ValueError(f'there is no person {p}')
         clusters = np.unique(y[at][y[at]>=0])
         own = at[np.argsort(np.where(y[at]<0, 1<<60, y[at]), kind='stable')]
-        colour = dict(zip(clusters.tolist(), _HUES[:6]*len(clusters))) | {-1: _OPEN}
+        colour = dict(zip(clusters.tolist(), _NEUTRAL*len(clusters))) | {-1: OPEN}
         shown = own[np.unique(np.linspace(0, len(at)-1, min(per, len(at))).astype(int))]
         facts = [f'person {p}', f'{len(at)} crops', f'{len(clusters)} cluster'+'s'*(len(clusters)!=1)]
-        rows.append([_caption(facts, height)] + [
-            _tile(crops.image(i), colour[int(y[i])], 'noise' if y[i]<0 else f'in {y[i]}',
-                  _camera(crops.cams[i]), height=height, edge=3, size=9) for i in shown])
-    return _sheet(rows, gap=4)
+        rows.append([caption(facts, height)] + [
+            tile(crops.image(i), colour[int(y[i])], ('noise' if y[i]<0 else f'in {y[i]}',
+                 camera_name(crops.cams[i])), height=height, size=10) for i in shown])
+    meaning = {'one colour a cluster, anew in each row': _NEUTRAL[0], 'noise': OPEN}
+    return tile_sheet(rows, gap=4, legend=meaning if legend else None)
 
 # %% ../../nbs/viz/30_clusters.ipynb #a11c96d6
 def plot_sizes(
@@ -155,12 +167,13 @@ def plot_sizes(
     both = np.r_[size, people, 1]
     step = max(1, round(both.max()/20))
     bins = np.arange(.5, both.max()+step+.5, step)
-    fig, (ax,) = _panels(width=4.6)
-    ax.hist(size, bins, color=_HUES[0], label='clusters')
-    if len(people): ax.hist(people, bins, histtype='step', color=_INK, lw=1.2, label='people')
+    fig, (ax,) = panels(width=4.6)
+    ax.hist(size, bins, color=HUES[0], label='clusters')
+    if len(people): ax.hist(people, bins, histtype='step', color=INK, lw=1.2, label='people')
     share = 100*(y<0).mean() if len(y) else 0
-    _words(ax, title or f'{len(size)} clusters, {share:.0f} % of the crops are noise', 'crops', 'number',
-           'upper right')
+    words(ax, title or f'{len(size)} clusters, {share:.0f} % of the crops are noise',
+          'crops in a cluster'+', or of a person'*(len(people)>0),
+          'number of clusters'+', or of people'*(len(people)>0), 'upper right')
     return fig
 
 # %% ../../nbs/viz/30_clusters.ipynb #169f9287
@@ -171,11 +184,11 @@ def plot_eps(
 )->Figure: # The sorted curve
     "The curve of k-distances with its turn"
     d = np.sort(np.asarray(d)); turn = suggest_eps(d)
-    fig, (ax,) = _panels(width=4.6)
+    fig, (ax,) = panels(width=4.6)
     at = np.unique(np.linspace(0, len(d)-1, min(len(d), 200)).astype(int))
-    ax.plot(at, d[at], c=_HUES[0], lw=1.6)
-    ax.plot((d<turn).sum(), turn, 'o', c=_HUES[1], label=f'turn {turn:.2f}')
-    if eps is not None: ax.axhline(eps, c=_INK, ls='--', lw=1, label=f'used {eps:.2f}')
-    _words(ax, title or f'{(d<=turn).sum()} of {len(d)} crops are cores at the turn', 'crops, sorted',
-           'k-distance', 'lower right')
+    ax.plot(at, d[at], c=HUES[0], lw=1.6, label='k-distance of a crop')
+    ax.plot((d<turn).sum(), turn, 'o', c=HUES[1], label=f'turn {turn:.2f}')
+    if eps is not None: ax.axhline(eps, c=INK, ls='--', lw=1, label=f'used {eps:.2f}')
+    words(ax, title or f'{(d<=turn).sum()} of {len(d)} crops are cores at the turn',
+          'crops, sorted by k-distance', 'k-distance', 'lower right')
     return fig
