@@ -218,3 +218,16 @@ def test_one_meaning_a_name():
         rooms = {p.stem for p in (ROOT / 'reidnb' / wing).glob('*.py')}
         assert not rooms & set(face.__all__), wing
         for name in face.__all__: getattr(face, name)
+
+
+def test_help_loads_neither_torch_nor_the_methods():
+    "`import reidnb` and `reidnb --help` answer at once: they load no library that takes a second"
+    code = ('import sys, reidnb\nassert not {m for m in sys.modules if m.startswith(("torch", "numpy", "reidnb."))}\n'
+            'from reidnb.practice.cli import main\ntry: main(["--help"])\nexcept SystemExit: pass\n'
+            'heavy = [m for m in sys.modules if m.split(".")[0] in ("torch", "torchvision", "scipy", "sklearn", "matplotlib")]\n'
+            'assert not heavy, heavy\n'
+            'rooms = [m for m in sys.modules if m.startswith("reidnb.")]\n'
+            'assert rooms == ["reidnb.practice", "reidnb.practice.cli"], rooms')
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    for command in ('demo', 'world', 'train', 'eval', 'search', 'match', 'bench'): assert command in r.stdout

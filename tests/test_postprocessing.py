@@ -90,7 +90,7 @@ def test_peak_of_a_block_that_raises():
 
 def test_no_word_from_the_system(monkeypatch):
     "Elsewhere memory is not a number, and everything else works"
-    import reidnb.ranking.postprocessing as m
+    import reidnb.core.costs as m
     monkeypatch.setattr(m, '_resident', lambda: float('nan'))
     with Peak() as p: time.sleep(.01)
     assert np.isnan(p.ram)

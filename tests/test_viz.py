@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
-from reidnb.core.figures import HUES, RIGHT, caption, contact_sheet, legend_strip, picture, tile, tile_sheet
+from reidnb.core.figures import HUES, RIGHT, caption, contact_sheet, data_uri, legend_strip, picture, tile, tile_sheet
 from reidnb.data.crops import Crops
 from reidnb.data.toys import toy_crops
 from reidnb.ranking.evaluation import evaluate
 from reidnb.ranking.matching import draw_matches, Matches
 from reidnb.viz.clusters import cluster_sheet, people_sheet, plot_eps, plot_sizes
 from reidnb.viz.plots import (
-    confusion, data_uri, distance_groups, embed_2d, plot_2d, plot_cmc, plot_distances,
+    confusion, distance_groups, embed_2d, plot_2d, plot_cmc, plot_distances,
     plot_training)
 from reidnb.viz.sheets import camera_board, ranked_lists, ranking
 

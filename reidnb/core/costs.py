@@ -60,8 +60,13 @@ def _give_back():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError): pass
 
-def measured(step, run, seconds, megabytes):
-    "What `run()` returns; its wall time is added, its peak memory kept where `megabytes` is a dict"
+def measured(
+    step:str, # Name of the step, key of the two dicts
+    run, # Callable without arguments that does the step
+    seconds:dict, # Gets the wall time, s; a further run of the same step is added
+    megabytes:dict|None, # Gets the peak above what was there, MB: `step`, and `step, GPU`; None: not measured
+): # What `run()` returns
+    "Run one step, and write down its wall time and its peak memory"
     with nullcontext() if megabytes is None else Peak() as peak:
         start = time.perf_counter()
         x = run()

@@ -47,9 +47,12 @@ class CropDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self): return len(self.crops)
+
     def set_epoch(self,
         epoch:int, # Epoch, from 0
-    ): self._epoch.fill_(epoch)
+    )->None: # Nothing; worker processes see it too
+        "Choose the epoch that the draws depend on"
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, i):
         image = self.crops.image(int(i))

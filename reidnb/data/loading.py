@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -55,7 +56,10 @@ class CachedCrops(Crops):
 
     kept = property(lambda s: int((s.at[:, 0]>=0).sum()), doc="Rows in memory")
 
-    def image(self, i):
+    def image(self,
+        i:int, # Row
+    )->Image.Image: # RGB image
+        "An image from memory; one that is not kept is decoded"
         first, h, w = self.at[i].tolist()
         if first<0: return self.source.image(i)
         return Image.fromarray(self.pixels[first:first+h*w*3].view(h, w, 3).numpy())
@@ -63,7 +67,10 @@ class CachedCrops(Crops):
     def __getitem__(self, rows):
         return CachedCrops(self.source[rows], self.pixels, self.at[rows])
 
-    def replace(self, **columns):
+    def replace(self,
+        **columns, # Arguments of `Crops` to change, such as `pids` or `name`
+    )->Crops: # A new table; with new `images` one that has no pixels in memory
+        "Copy a table with some columns changed"
         table = self.source.replace(**columns)
         return table if 'images' in columns else CachedCrops(table, self.pixels, self.at)
 
@@ -179,7 +186,12 @@ class BatchAugment(nn.Module):
         for k,v in dict(value=erase_value, mean=mean or 0., std=std).items():
             self.register_buffer(k, column(v), persistent=False)
 
-    def forward(self, images, rows, epoch=0, visits=0):
+    def forward(self,
+        images:Tensor, # Pixels at the size of the network, uint8 `(B,3,H,W)`
+        rows:Tensor, # Row of each in its table, int64 `(B,)`
+        epoch:int=0, # Epoch, from 0
+        visits=0, # Earlier visits of each row in the epoch, one number or int `(B,)`
+    )->Tensor: # Float32 `(B,3,H,W)`, normalised unless `mean` is None
         if images.dtype!=torch.uint8: raise ValueError(f"images of {images.dtype}: give uint8 pixels")
         H, W = images.shape[-2:]
         d = _draws(self, (rows+(torch.as_tensor(visits)<<40)).to(images.device), epoch, H, W)
@@ -320,16 +332,17 @@ class DraftCrops(Crops):
         item = self.images[i]
         return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
 
-    def read_size(self, i): # Width and height as decoded
+    def read_size(self,
+        i:int, # Row
+    )->tuple: # Width and height, pixels
+        "Size of an image as it is decoded"
         if isinstance(self.images[i], np.ndarray): return self.images[i].shape[1::-1]
         with self._open(i) as im: return (im.draft('RGB', self.size), im.size)[1]
 
-    def scale(self, i): # 1: the same pixels; 2, 4, 8: decoded at that fraction of the size
-        if isinstance(self.images[i], np.ndarray): return 1
-        with self._open(i) as im: (w, h), read = im.size, self.read_size(i)
-        return next(s for s in (1, 2, 4, 8) if (-(-w//s), -(-h//s))==read)
-
-    def image(self, i):
+    def image(self,
+        i:int, # Row
+    )->Image.Image: # RGB image, at least as large as the input where the file is
+        "Decode one image at reduced size"
         if isinstance(self.images[i], np.ndarray): return super().image(i)
         try:
             with self._open(i) as im:
@@ -338,7 +351,22 @@ class DraftCrops(Crops):
         except (OSError, ValueError): return super().image(i)   # raises with the name of the file
 
     def __getitem__(self, rows): return DraftCrops(super().__getitem__(rows), *self.size[::-1])
-    def replace(self, **columns): return DraftCrops(super().replace(**columns), *self.size[::-1])
+
+    def replace(self,
+        **columns, # Arguments of `Crops` to change, such as `pids` or `name`
+    )->'DraftCrops': # A new table that shares the unchanged columns
+        "Copy a table with some columns changed"
+        return DraftCrops(super().replace(**columns), *self.size[::-1])
+
+# %% ../../nbs/data/55_loading.ipynb #2ad8e07f
+@patch
+def scale(self:DraftCrops,
+    i:int, # Row
+)->int: # 1: the same pixels; 2, 4, 8: decoded at that fraction of the size
+    "By how much the decoder reduces an image"
+    if isinstance(self.images[i], np.ndarray): return 1
+    with self._open(i) as im: (w, h), read = im.size, self.read_size(i)
+    return next(s for s in (1, 2, 4, 8) if (-(-w//s), -(-h//s))==read)
 
 # %% ../../nbs/data/55_loading.ipynb #d98f1cd8
 def gpu_demand(

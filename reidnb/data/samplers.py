@@ -10,6 +10,7 @@ import copy
 import warnings
 
 import numpy as np
+from fastcore.basics import patch
 from torch.utils.data import Sampler
 
 from .items import Row
@@ -22,7 +23,10 @@ class PlannedSampler(Sampler):
     ):
         self.seed, self.epoch, self.rank, self.world, self._cache = seed, 0, 0, 1, None
 
-    def plan(self, rng):
+    def plan(self,
+        rng:np.random.Generator, # Generator of the epoch, seeded by (seed, epoch)
+    )->list: # Batches of the epoch over all processes, each a list or array of rows
+        "Plan an epoch; each subclass writes its own"
         raise NotImplementedError(f"{type(self).__name__} has no plan(rng): return an epoch's batches")
 
     def set_epoch(self,
@@ -47,18 +51,20 @@ class PlannedSampler(Sampler):
         n = len(batch)//self.world
         return batch[self.rank*n:(self.rank+1)*n]
 
-    def shard(self,
-        rank:int, # Number of this process, from 0
-        world:int, # Number of processes
-    )->'PlannedSampler': # A sampler of the parts that belong to this process
-        "This process's part of each global batch"
-        if not 0<=rank<world: raise ValueError(f"rank {rank} of {world} processes: 0 <= rank < world")
-        part = copy.copy(self)
-        part.rank, part.world, part._cache = rank, world, None
-        return part
-
     def __iter__(self): return iter(self.batches())
     def __len__(self): return len(self.batches())
+
+# %% ../../nbs/data/50_samplers.ipynb #5c0e7b1d
+@patch
+def shard(self:PlannedSampler,
+    rank:int, # Number of this process, from 0
+    world:int, # Number of processes
+)->PlannedSampler: # A sampler of the parts that belong to this process
+    "This process's part of each global batch"
+    if not 0<=rank<world: raise ValueError(f"rank {rank} of {world} processes: 0 <= rank < world")
+    part = copy.copy(self)
+    part.rank, part.world, part._cache = rank, world, None
+    return part
 
 # %% ../../nbs/data/50_samplers.ipynb #51e65d02
 def _count_visits(plan): # Lists of rows; those that came before in the epoch are marked, see `Row`
@@ -89,7 +95,10 @@ class ShuffleSampler(PlannedSampler):
                           f"batches hold {len(self.rows)}", stacklevel=2)
         self.batch_size, self.drop_last = min(batch_size, len(self.rows)), drop_last
 
-    def plan(self, rng):
+    def plan(self,
+        rng:np.random.Generator, # Generator of the epoch, seeded by (seed, epoch)
+    )->list: # Batches, each the rows of one, int `(B,)`; the last may hold fewer
+        "Cut a permutation into batches"
         rows, b = rng.permutation(self.rows), self.batch_size
         rest = len(rows)%b
         full = list(rows[:len(rows)-rest].reshape(-1, b))
@@ -158,14 +167,20 @@ class PKSampler(PlannedSampler):
             left[some] -= 1
             yield np.concatenate([chunks[y][left[y]] for y in some] + [rng.choice(chunks[y]) for y in more])
 
-    def plan(self, rng):
+    def plan(self,
+        rng:np.random.Generator, # Generator of the epoch, seeded by (seed, epoch)
+    )->list: # Batches, each the rows of one, int `(P*K,)`, person after person
+        "Passes over the people, one or as many as `epoch_size` asks for"
         out = list(self._pass(rng))
         while self.epoch_size and len(out)<self.epoch_size: out += self._pass(rng)
         return out[:self.epoch_size]
 
-    def __repr__(self):
-        return (f"{type(self).__name__}: {len(self.people)} people, {sum(map(len, self.rows))} crops, "
-                f"P={self.p} x K={self.k}, {self.mode}, {self.left_out} rows of no person left out")
+
+# %% ../../nbs/data/50_samplers.ipynb #8e41d2a6
+@patch
+def __repr__(self:PKSampler):
+    return (f"{type(self).__name__}: {len(self.people)} people, {sum(map(len, self.rows))} crops, "
+            f"P={self.p} x K={self.k}, {self.mode}, {self.left_out} rows of no person left out")
 
 # %% ../../nbs/data/50_samplers.ipynb #097e3a9b
 class CameraDiversePK(PKSampler):
@@ -231,7 +246,10 @@ class PerCameraParallel(PlannedSampler):
         if few: warnings.warn(f"cameras with fewer than {per_camera} crops repeat them: {', '.join(few)}",
                               stacklevel=2)
 
-    def plan(self, rng):
+    def plan(self,
+        rng:np.random.Generator, # Generator of the epoch, seeded by (seed, epoch)
+    )->np.ndarray: # Rows, one batch a line, int `(n,C*per_camera)`, camera after camera
+        "Zip one shuffled stream of rows a camera"
         sizes, b = [len(r)//self.per_camera for r in self.rows], self.per_camera
         n = max(1, min(sizes) if self.stop=='shortest' else max(sizes))
         def stream(r): return np.concatenate([rng.permutation(r) for _ in range(-(-n*b//len(r)))])[:n*b]
@@ -254,7 +272,10 @@ class FixedLength(PlannedSampler):
 
     def _inner(self): return self.sampler.shard(self.rank, self.world)
 
-    def plan(self, rng):
+    def plan(self,
+        rng:np.random.Generator, # Generator of the epoch, seeded by (seed, epoch)
+    )->list: # `n` batches of the inner sampler
+        "Plan the inner sampler until there are `n` batches"
         out, inner = [], self._inner()
         while len(out)<self.n:
             more = list(inner.plan(rng))

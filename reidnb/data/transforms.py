@@ -76,7 +76,9 @@ class RandomErasing(nn.Module):
             if 0<h<height and 0<w<width:
                 return int(top*(height-h+1)), int(left*(width-w+1)), h, w
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # Normalised image, float `(3,H,W)`; it is not changed
+    )->Tensor: # A copy with the rectangle filled, or `x` itself
         box = self.box(*x.shape[-2:]) if torch.rand(())<self.p else None
         if box is None: return x
         top, left, h, w = box
@@ -163,7 +165,9 @@ class RandomSizedRectCrop(nn.Module):
             if 0<h<=height and 0<w<=width: return int(top*(height-h+1)), int(left*(width-w+1)), h, w
         return 0, 0, height, width
 
-    def forward(self, image):
+    def forward(self,
+        image, # PIL image, RGB
+    ): # PIL image of `height` x `width`
         box = self.box(image.height, image.width)
         return TF.resized_crop(image, *box, self.size, T.InterpolationMode.BILINEAR)
 
@@ -192,7 +196,9 @@ class RandomOcclusion(nn.Module):
         side = int(torch.randint(1, end, ()))
         return int(torch.randint(height-side+1, ())), int(torch.randint(width-side+1, ())), side
 
-    def forward(self, image):
+    def forward(self,
+        image, # PIL image, RGB
+    ): # A copy with the square filled, or the image itself
         box = self.box(image.height, image.width) if torch.rand(())<self.p else None
         if box is None: return image
         top, left, side = box
@@ -215,7 +221,9 @@ class Cutout(nn.Module):
             raise ValueError(f"cutout of {n} squares of side {side}: n >= 1, 0 < side <= 1")
         self.n, self.side, self.value = n, side, (value,)*3 if np.ndim(value)==0 else tuple(value)
 
-    def forward(self, image):
+    def forward(self,
+        image, # PIL image, RGB
+    ): # A copy with the squares filled; those at the border are cut off
         image, side = image.copy(), max(1, round(self.side*min(image.size)))
         for _ in range(self.n):
             top = int(torch.randint(image.height, ()))-side//2
@@ -237,7 +245,9 @@ class GaussianBlur(nn.Module):
         if not 0<=radius[0]<=radius[1]: raise ValueError(f"blur radius {radius}: 0 <= low <= high")
         self.p, self.radius = p, radius
 
-    def forward(self, image):
+    def forward(self,
+        image, # PIL image, RGB
+    ): # Blurred image, or the image itself
         if torch.rand(())>=self.p: return image
         low, high = self.radius
         radius = low+(high-low)*float(torch.rand((), dtype=torch.float64))

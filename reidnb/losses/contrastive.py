@@ -23,7 +23,12 @@ def _cosine(f, rows):
     rows = rows.detach().to(f.dtype)
     return (F.normalize(f, dim=1)@rows.T).mul_(1/rows.norm(dim=1).clamp(min=1e-12))
 
-def masked_mean(x, valid): return torch.where(valid, x, 0).sum()/valid.sum().clamp(min=1)
+def masked_mean(
+    x:Tensor, # Numbers, `(B,)`
+    valid:Tensor, # Which of them count, bool `(B,)`
+)->Tensor: # Scalar; 0 if none counts
+    "Mean of some entries; the others, also NaN, have no part in it"
+    return torch.where(valid, x, 0).sum()/valid.sum().clamp(min=1)
 
 def _aligned(f, y, what='labels'):
     if len(f)!=len(y): raise ValueError(f'{len(f)} features for {len(y)} {what}')

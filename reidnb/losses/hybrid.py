@@ -75,7 +75,8 @@ def intra_camera_loss(
     valid = own.any(1)
     if not valid.any(): return 0*full_precision(f).sum()
     with torch.autocast(f.device.type, enabled=False):
-        f, proxies = F.normalize(full_precision(f)[valid], dim=1), F.normalize(full_precision(proxies.detach()), dim=1)
+        f = F.normalize(full_precision(f)[valid], dim=1)
+        proxies = F.normalize(full_precision(proxies.detach()), dim=1)
         z = (f@proxies.to(f.dtype).T/temperature).masked_fill(~seen[valid], -float('inf'))
         terms = z.logsumexp(1)-z[own[valid]]
     if not sum_over_cameras: return terms.mean()

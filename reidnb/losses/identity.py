@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.distributed import gather
@@ -29,7 +30,8 @@ def cross_entropy(
     if y.shape!=logits.shape[:1]:
         raise ValueError(f'{len(logits)} rows of logits for labels {tuple(y.shape)}')
     check_labels(y, logits.shape[1])
-    per = F.cross_entropy(full_precision(logits), y, ignore_index=-1, label_smoothing=smoothing, reduction='none')
+    per = F.cross_entropy(full_precision(logits), y, ignore_index=-1, label_smoothing=smoothing,
+                          reduction='none')
     return reduce_loss(per, y>=0, reduction)
 
 # %% ../../nbs/losses/30_identity.ipynb #0dab8115
@@ -146,20 +148,29 @@ class ArcFace(nn.Module):
         self.s, self.m, self.easy_margin = s, m, easy_margin
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(classes, dim)))
 
-    def cosine(self, f):
-        "Cosine of each feature to each person, `(B,K)`"
+    def cosine(self,
+        f:Tensor, # Features, `(B,dim)`; their length does not matter
+    )->Tensor: # Cosines in `[-1,1]`, `(B,classes)`
+        "Cosine of each feature to each person"
         with torch.autocast(f.device.type, enabled=False):
             return F.normalize(full_precision(f), dim=1)@F.normalize(full_precision(self.weight), dim=1).T
 
-    def logits(self, f, y):
-        "Scaled cosines with the margin at the right person, `(B,K)`; a row of label -1 has no margin"
+    def logits(self,
+        f:Tensor, # Features, `(B,dim)`
+        y:Tensor, # Person of each, int64 `(B,)`; a row of label -1 has no margin
+    )->Tensor: # `(B,classes)`
+        "Scaled cosines with the margin at the right person"
         check_labels(y, len(self.weight))
         c, i = self.cosine(f), y.clamp(min=0)[:,None]
         right = c.gather(1, i)
         moved = torch.where(y[:,None]>=0, arc_margin(right, self.m, self.easy_margin), right)
         return self.s*c.scatter(1, i, moved)
 
-    def forward(self, f, y): return cross_entropy(self.logits(f, y), y)
+    def forward(self,
+        f:Tensor, # Features, `(B,dim)`
+        y:Tensor, # Person of each, int64 `(B,)`; -1: ignored
+    )->Tensor: # Scalar, mean over the labelled rows
+        return cross_entropy(self.logits(f, y), y)
 
 # %% ../../nbs/losses/30_identity.ipynb #d6378348
 class CenterLoss(nn.Module):
@@ -176,7 +187,10 @@ class CenterLoss(nn.Module):
         self.weight, self.rate, self.unit, self.reduction = weight, rate, unit, reduction
         self.register_buffer('centres', torch.zeros(classes, dim))
 
-    def forward(self, f, y):
+    def forward(self,
+        f:Tensor, # Features, `(B,dim)`
+        y:Tensor, # Person of each, int64 `(B,)`; -1: ignored
+    )->Tensor: # Scalar; `(B,)` for 'none'. In training mode the centres move afterwards
         check_labels(y, len(self.centres))
         f = F.normalize(full_precision(f), dim=1) if self.unit else full_precision(f)
         per = (f-self.centres[y.clamp(min=0)]).square().sum(1)
@@ -184,8 +198,11 @@ class CenterLoss(nn.Module):
         return self.weight/2*reduce_loss(per, y>=0, self.reduction)
 
     @torch.no_grad()
-    def update(self, f, y):
-        "Move the centres towards the features of a batch, `(B,dim)` and `(B,)`"
+    def update(self,
+        f:Tensor, # Features, `(B,dim)`, normalised if `unit`; the same `B` in every process
+        y:Tensor, # Person of each, int64 `(B,)`; -1 moves nothing
+    )->None: # Nothing
+        "Move the centres towards the features of a batch, of all processes (Wen et al. 2016, eq. 4)"
         f, y = gather(f.detach()), gather(y)
         f, y = f[y>=0].to(self.centres), y[y>=0]
         n = torch.bincount(y, minlength=len(self.centres))[:,None]
@@ -216,13 +233,19 @@ class ClassMemoryLoss(nn.Module):
         self.gamma, self.mask_unseen, self.auto_update = gamma, mask_unseen, auto_update
         self.bn, self.memory = nn.BatchNorm1d(1), ClassMapMemory(classes, (dim,), keep)
 
-    def cosine(self, f, copy=False):
-        "Cosine of each feature to each person's row, `(B,K)`; 0 for a row of zeros"
+    def cosine(self,
+        f:Tensor, # Features, `(B,dim)`; their length does not matter
+        copy:bool=False, # Copy the memory, so that an update before `backward` leaves the gradient right
+    )->Tensor: # Cosines in `[-1,1]`, `(B,classes)`; 0 for a row of zeros
+        "Cosine of each feature to each person's row"
         with torch.autocast(f.device.type, enabled=False):
             rows = self.memory.maps.to(full_precision(f).dtype, copy=copy)
             return F.normalize(full_precision(f), dim=1)@rows.T/rows.norm(dim=1).clamp(min=1e-12)
 
-    def forward(self, f, y):
+    def forward(self,
+        f:Tensor, # Features, `(B,dim)`
+        y:Tensor, # Person of each, int64 `(B,)`; -1: ignored
+    )->Tensor: # Scalar
         if y.shape!=f.shape[:1]: raise ValueError(f'{len(f)} features for labels {tuple(y.shape)}')
         check_labels(y, len(self.memory.seen))
         update, seen = self.training and self.auto_update, self.memory.seen
@@ -235,4 +258,11 @@ class ClassMemoryLoss(nn.Module):
         if update: self.update(f, y)
         return loss
 
-    def update(self, f, y): self.memory.update(y, f)
+# %% ../../nbs/losses/30_identity.ipynb #e6b1c074
+@patch
+def update(self:ClassMemoryLoss,
+    f:Tensor, # Features, `(B,dim)`, kept as they are
+    y:Tensor, # Person of each, int64 `(B,)`; -1 is skipped
+)->None: # Nothing; the last feature of a person wins
+    "Write the features of a batch into the memory, after the loss"
+    self.memory.update(y, f)

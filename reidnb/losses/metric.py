@@ -14,10 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/losses/20_metric.ipynb #a02ea555
-def full_precision(x): return x if x.dtype==torch.float64 else x.float()
+def full_precision(
+    x:Tensor, # Numbers of any type and shape
+)->Tensor: # The same in float32; float64 stays as it is
+    "Numbers that a loss may square and exponentiate"
+    return x if x.dtype==torch.float64 else x.float()
 
-def reduce_loss(loss, valid, reduction):
-    "Mean over the valid entries, sum, or the entries themselves; invalid ones are 0"
+def reduce_loss(
+    loss:Tensor, # Loss of each entry, `(B,)`
+    valid:Tensor, # Whether an entry counts, bool `(B,)`; the others become 0, also where they are NaN
+    reduction:str, # 'mean' over the valid entries (0 if there is none), 'sum' or 'none'
+)->Tensor: # Scalar; `(B,)` for 'none'
+    "Mean or sum over the valid entries, or the entries themselves"
     if reduction not in ('mean', 'sum', 'none'):
         raise ValueError(f"reduction {reduction!r}: choose 'mean', 'sum' or 'none'")
     loss = loss.masked_fill(~valid, 0)
@@ -25,10 +33,18 @@ def reduce_loss(loss, valid, reduction):
     return loss.sum() if reduction=='sum' else loss.sum()/valid.sum().clamp(min=1)
 
 # %% ../../nbs/losses/20_metric.ipynb #6f71901f
-def is_eager(x): return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+def is_eager(
+    x:Tensor, # Any tensor
+)->bool: # False while a CUDA graph records the work on `x`
+    "Whether the program may look at the values of a tensor now"
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
-def check_labels(y, n=None, what='class'):
-    "Labels are -1 or 0..n-1; n None: any number from -1"
+def check_labels(
+    y:Tensor, # Labels, int64 of any shape; -1 for an outlier
+    n:int|None=None, # Classes, so labels are `-1..n-1`; None: any from -1
+    what:str='class', # What a label is, for the message
+)->None: # Nothing; while a CUDA graph is captured nothing is checked
+    "Raise a ValueError that names a label out of range"
     if not y.numel() or not is_eager(y): return
     low, high = torch.stack(y.aminmax()).tolist()
     if n is None and low<-1: raise ValueError(f'label {low}: -1 is the only label below 0')
@@ -36,8 +52,9 @@ def check_labels(y, n=None, what='class'):
         bad = low if low<-1 else high
         raise ValueError(f'{what} {bad} is outside 0..{n-1} (-1 skips an image)')
 
-def warn_no_negatives():
-    "A warning at the line that calls the loss"
+def warn_no_negatives(
+)->None: # Nothing
+    "Warn that a batch has no negatives, at the line that calls the loss"
     warnings.warn('no negatives in the batch: the loss is 0; batches need images of two people '
                   'or clusters', stacklevel=3)
 

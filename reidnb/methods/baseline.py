@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch import Tensor
 
 from ..core.distributed import gather
 from ..data.crops import Crops
@@ -93,8 +94,17 @@ class Baseline(Method):
             ShuffleSampler(np.flatnonzero(crops.pids>0), s.p*s.k, seed=s.seed)
         self.data = self.loader(sampler, transform)
 
-    def epoch(self, n): return self.batches(self.data, n)
-    def embed(self, images): return self.encoder.embed(images)
+    def epoch(self,
+        n:int, # Epoch, from 0
+    ):
+        "Batches of the labelled crops"
+        return self.batches(self.data, n)
+
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Backbone, pooling and BN-neck"
+        return self.encoder.embed(images)
 
 # %% ../../nbs/methods/10_baseline.ipynb #73f3d6c7
 @patch

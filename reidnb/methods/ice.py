@@ -32,7 +32,7 @@ from ..networks.teacher import EMATeacher
 from ..networks.weights import load_weights
 from reidnb.training.labelling import (ClusterSettings, PseudoLabels, labelled_epoch, pseudo_labels,
     shared_features)
-from ..training.method import Method
+from ..training.method import Batch, Method
 
 # %% ../../nbs/methods/80_ice.ipynb #57928fa7
 @dataclass(frozen=True)
@@ -146,20 +146,34 @@ class ICE(Method):
         self.register_buffer('eps', torch.tensor(float('nan'), dtype=torch.float64))
         self.views = ice_views(s)
 
-    def embed(self, images): return self.momentum.net.embed(images)
-    def after_step(self, batch): self.momentum.update(self.encoder)
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Test feature of the momentum encoder"
+        return self.momentum.net.embed(images)
 
-    def loss(self, batch):
-        s, (one, two, third) = self.settings, batch.images
-        f = self.encoder(one)[1]
-        with torch.no_grad():
-            if s.unused_forwards: self.encoder(two), self.momentum(one)
-            m, third = self.momentum(two)[1], self.momentum(third)[1]
-        y, cams = self.labels[batch.index], self.cams[batch.index]
-        f, m, third, y, cams = map(gather, (f, m, third, y, cams))
-        aware = self.aware if self.n>=s.cross_from else None
-        with torch.no_grad(): self.watched.append(consistency_loss(f, m, third, temperature=s.tau_s))
-        return ice_terms(f, m, third, y, cams, self.agnostic, aware, s)
+    def after_step(self,
+        batch:Batch, # The batch that was stepped on
+    )->None:
+        "Move the momentum encoder towards the online one"
+        self.momentum.update(self.encoder)
+
+# %% ../../nbs/methods/80_ice.ipynb #7d2b7536
+@patch
+def loss(self:ICE,
+    batch:Batch, # Three views of each crop, and the rows of the crops
+)->dict: # Weighted scalars by name, see `ice_terms`
+    "Online features of the first view against momentum features of the others (thesis eq. 6.3)"
+    s, (one, two, third) = self.settings, batch.images
+    f = self.encoder(one)[1]
+    with torch.no_grad():
+        if s.unused_forwards: self.encoder(two), self.momentum(one)
+        m, third = self.momentum(two)[1], self.momentum(third)[1]
+    y, cams = self.labels[batch.index], self.cams[batch.index]
+    f, m, third, y, cams = map(gather, (f, m, third, y, cams))
+    aware = self.aware if self.n>=s.cross_from else None
+    with torch.no_grad(): self.watched.append(consistency_loss(f, m, third, temperature=s.tau_s))
+    return ice_terms(f, m, third, y, cams, self.agnostic, aware, s)
 
 # %% ../../nbs/methods/80_ice.ipynb #25aefb25
 @patch

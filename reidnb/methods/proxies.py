@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch import Tensor
 from torchvision.transforms import v2 as T
 
 from ..core.distributed import gather
@@ -25,7 +26,7 @@ from ..neighbours.clustering import Clusters, cluster_stats, dbscan, reliable
 from ..networks.backbones import Encoder, make_backbone
 from ..networks.memory import CameraProxyMemory, HybridMemory
 from ..training.labelling import ClusterSettings, labelled_epoch, pseudo_labels, shared_features
-from ..training.method import Method
+from ..training.method import Batch, Method
 
 # %% ../../nbs/methods/75_proxies.ipynb #95fb8028
 def _encoder(s, use_only):
@@ -86,28 +87,44 @@ class SpCL(Method):
         self.register_buffer('thresholds', torch.full((2,), float('nan'), dtype=torch.float64))
         self.transform = _augment(settings)
 
-    def embed(self, images): return self.encoder.embed(images)
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Backbone, pooling and BN-neck"
+        return self.encoder.embed(images)
 
-    def loss(self, batch):
+    def loss(self,
+        batch:Batch, # The batch
+    )->dict:
+        "Contrast a batch with clusters and single crops of the memory"
         s, f = self.settings, F.normalize(self.encoder(batch.images)[1].float(), dim=1)
         self.seen = f.detach()
         return {'hybrid': hybrid_loss(gather(f), self.memory.rows, self.labels, gather(batch.index),
                                       temperature=s.temperature, eps=s.guard)}
 
-    def after_step(self, batch): self.memory.update(batch.index, self.seen, self.settings.momentum)
+    def after_step(self,
+        batch:Batch, # The batch that was stepped on
+    )->None:
+        "Move the rows of the batch in the memory towards its features"
+        self.memory.update(batch.index, self.seen, self.settings.momentum)
 
-    def epoch(self, n):
-        s, start, seconds = self.settings, time.perf_counter(), {}
-        if not self.memory.seen.all():
-            self.memory.fill(shared_features(self.encoder, self.crops, **_size(s)))
-            seconds['features'] = time.perf_counter()-start
-        found = pseudo_labels(self.encoder, self.crops, features=self.memory.rows, k1=s.k1, k2=s.k2,
-                              use=self.paced)
-        found.seconds.update(seconds)
-        self.labels.copy_(found.labels)
-        self.memory.rebuild(self.labels)
-        loader = self.loader(_sampler(s, self.memory.labels, self.crops), self.transform)
-        yield from labelled_epoch(self, found, start, self.batches(loader, n))
+# %% ../../nbs/methods/75_proxies.ipynb #af36f717
+@patch
+def epoch(self:SpCL,
+    n:int, # Epoch, from 0
+): # The batches; `facts` are complete when the last one is used up
+    "Label the crops from the memory, rebuild its clusters, hand out batches"
+    s, start, seconds = self.settings, time.perf_counter(), {}
+    if not self.memory.seen.all():
+        self.memory.fill(shared_features(self.encoder, self.crops, **_size(s)))
+        seconds['features'] = time.perf_counter()-start
+    found = pseudo_labels(self.encoder, self.crops, features=self.memory.rows, k1=s.k1, k2=s.k2,
+                          use=self.paced)
+    found.seconds.update(seconds)
+    self.labels.copy_(found.labels)
+    self.memory.rebuild(self.labels)
+    loader = self.loader(_sampler(s, self.memory.labels, self.crops), self.transform)
+    yield from labelled_epoch(self, found, start, self.batches(loader, n))
 
 # %% ../../nbs/methods/75_proxies.ipynb #93038f29
 @patch
@@ -168,9 +185,16 @@ class CAP(Method):
         self.register_buffer('eps', torch.tensor(float('nan'), dtype=torch.float64))
         self.transform = _augment(settings)
 
-    def embed(self, images): return self.encoder.embed(images)
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Backbone, pooling and BN-neck"
+        return self.encoder.embed(images)
 
-    def loss(self, batch):
+    def loss(self,
+        batch:Batch, # The batch
+    )->dict:
+        "Contrast a batch with the proxies of its own cameras, then of all"
         s, m = self.settings, self.memory
         f = F.normalize(self.encoder(batch.images)[1].float(), dim=1)
         self.seen = f.detach()
@@ -181,17 +205,25 @@ class CAP(Method):
             f, *proxies, y, cams, temperature=s.temperature, n_negatives=s.negatives)
         return out
 
-    def after_step(self, batch):
+    def after_step(self,
+        batch:Batch, # The batch that was stepped on
+    )->None:
+        "Move the proxies of the batch towards its features"
         y, cams = self.labels[batch.index], self.cams[batch.index]
         self.memory.update(self.seen, y, cams, self.settings.momentum)
 
-    def epoch(self, n):
-        s, start, y = self.settings, time.perf_counter(), self.labels.cpu().numpy()
-        old = Clusters(y, float(self.eps)) if (y>=0).any() else None
-        found = pseudo_labels(self.encoder, self.crops, old, k1=s.k1, k2=s.k2, eps=s.eps,
-                              min_samples=s.min_samples, least=s.p, **_size(s))
-        self.n = n
-        self.labels.copy_(found.labels); self.eps.fill_(found.clusters.eps)
-        self.memory.rebuild(found.features, found.labels, self.cams)
-        loader = self.loader(_sampler(s, self.labels, self.crops), self.transform)
-        yield from labelled_epoch(self, found, start, self.batches(loader, n))
+# %% ../../nbs/methods/75_proxies.ipynb #9aa5b9b3
+@patch
+def epoch(self:CAP, # noqa: F811
+    n:int, # Epoch, from 0
+): # The batches; `facts` are complete when the last one is used up
+    "Label the crops, rebuild the proxies, hand out batches"
+    s, start, y = self.settings, time.perf_counter(), self.labels.cpu().numpy()
+    old = Clusters(y, float(self.eps)) if (y>=0).any() else None
+    found = pseudo_labels(self.encoder, self.crops, old, k1=s.k1, k2=s.k2, eps=s.eps,
+                          min_samples=s.min_samples, least=s.p, **_size(s))
+    self.n = n
+    self.labels.copy_(found.labels); self.eps.fill_(found.clusters.eps)
+    self.memory.rebuild(found.features, found.labels, self.cams)
+    loader = self.loader(_sampler(s, self.labels, self.crops), self.transform)
+    yield from labelled_epoch(self, found, start, self.batches(loader, n))

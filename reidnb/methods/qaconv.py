@@ -86,7 +86,10 @@ class MapEncoder(nn.Module):
         for name,x in dict(mean=IMAGENET_MEAN, std=IMAGENET_STD).items():
             self.register_buffer(name, torch.tensor(x).view(-1, 1, 1), persistent=False)
 
-    def forward(self, images):
+    def forward(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Backbone, neck and normalisation"
         x = images if self.normalise else images*self.std+self.mean   # loaders subtract the mean
         maps = unit_maps(self.neck(self.backbone(x)))
         if maps.shape[1:]!=self.shape: raise ValueError(
@@ -154,8 +157,17 @@ class QAConvMethod(Method):
             ShuffleSampler(np.flatnonzero(crops.pids>0), s.batch_size, seed=s.seed)
         self.data = self.loader(sampler, _transform(s))
 
-    def epoch(self, n): return self.batches(self.data, n)
-    def embed(self, images): return self.encoder(images).flatten(1)
+    def epoch(self,
+        n:int, # Epoch, from 0
+    ):
+        "Batches of the labelled crops"
+        return self.batches(self.data, n)
+
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Maps, flattened: what a gallery stores"
+        return self.encoder(images).flatten(1)
 
 # %% ../../nbs/methods/20_qaconv.ipynb #e88fd7e2
 @patch
@@ -282,7 +294,9 @@ class MatchView:
         for c in controls.values(): c.observe(self.update, 'value')
         self.update()
 
-    def update(self, change=None):
+    def update(self,
+        change=None, # What the widget says has changed; None: draw anew
+    )->None:
         "Draw again, with the values the controls have now"
         image, self.text.value = self.draw(**{k: c.value for k,c in self.controls.items()})
         image.convert('RGB').save(file := io.BytesIO(), 'JPEG', quality=75)

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.distributed import gather
@@ -24,7 +25,7 @@ from ..networks.attention import add_residual_attention, add_se, grad_cam
 from ..networks.backbones import make_backbone
 from ..networks.partitions import Architecture, MultiBranch, pcb, scr
 from ..ranking.evaluation import cosine_distance
-from ..training.method import Method, Settings
+from ..training.method import Batch, Method, Settings
 
 # %% ../../nbs/methods/30_scr.ipynb #40219ecf
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ class TrackletPK(PKSampler):
         key = np.stack([crops.pids, crops.cams, crops.tracks])
         self.track = np.unique(key, axis=1, return_inverse=True)[1].reshape(-1)
 
-    def plan(self, rng):
+    def plan(self,
+        rng:np.random.Generator, # Generator of the epoch, `numpy.random.Generator`
+    )->list:
+        "Draw the frames of each walk, then batches as `PKSampler` does"
+        "Draw frames of every tracklet anew, then plan as `PKSampler` does"
         self.rows = [self._draw(rng.permutation(r)) for r in self.all]
         return super().plan(rng)
 
@@ -134,29 +139,51 @@ class SCR(Method):
         transform = train_transform(s.height, s.width, flip=s.flip, pad=0, erase=0)
         self.data = self.loader(_sampler(s, crops), transform)
 
-    def epoch(self, n): return self.batches(self.data, n)
-    def embed(self, images): return self.network.embed(images)
-    def distance(self, query, gallery):
+    def epoch(self,
+        n:int, # Epoch, from 0
+    ):
+        "Batches of the labelled crops"
+        return self.batches(self.data, n)
+
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Test feature of all heads"
+        return self.network.embed(images)
+
+    def distance(self,
+        query:Tensor, # Query features, `(Q,D)`
+        gallery:Tensor, # Gallery features, `(G,D)`
+    )->Tensor:
+        "Distance of the settings"
         if self.settings.metric=='euclidean': return pairwise_distance(query, gallery)
         return super().distance(query, gallery)
 
-    def loss(self, batch):
-        s, y, out = self.settings, self.labels[batch.index], self.network(batch.images)
-        terms = {'identity': s.weight*mean_cross_entropy(list(out.logits.values()), y)}
-        vectors = self.network.for_triplet(out).values() if s.triplet else ()
-        if vectors: terms['triplet'] = sum(
-            batch_hard_triplet(gather(f), gather(y), s.margin) for f in vectors)/len(vectors)
-        return terms
 
-    def optimizer(self):
-        "Adam with AMSGrad, the backbone and the heads at rates of their own (thesis section 3.4.1)"
-        s, heads = self.settings, list(self.network.heads.parameters())
-        rest = [p for p in self.parameters() if p.requires_grad and not any(p is h for h in heads)]
-        groups = [{'params': rest, 'lr_scale': s.backbone_lr}, {'params': heads}]
-        if s.optimizer=='adam': return torch.optim.Adam(groups, s.lr, weight_decay=s.weight_decay,
-                                                        amsgrad=s.amsgrad)
-        if s.optimizer!='sgd': raise ValueError(f"optimizer {s.optimizer!r} is neither 'adam' nor 'sgd'")
-        return torch.optim.SGD(groups, s.lr, momentum=.9, nesterov=True, weight_decay=s.weight_decay)
+# %% ../../nbs/methods/30_scr.ipynb #23628af4
+@patch
+def loss(self:SCR,
+    batch:Batch, # Crops and their rows
+)->dict: # Scalars `identity` and, with heads that have one, `triplet`
+    "Cross entropy of all heads, batch-hard triplet of the global ones"
+    s, y, out = self.settings, self.labels[batch.index], self.network(batch.images)
+    terms = {'identity': s.weight*mean_cross_entropy(list(out.logits.values()), y)}
+    vectors = self.network.for_triplet(out).values() if s.triplet else ()
+    if vectors: terms['triplet'] = sum(
+        batch_hard_triplet(gather(f), gather(y), s.margin) for f in vectors)/len(vectors)
+    return terms
+
+@patch
+def optimizer(self:SCR,
+)->torch.optim.Optimizer: # Two groups: backbone with `lr_scale`, heads
+    "Adam with AMSGrad, the backbone and the heads at rates of their own (thesis section 3.4.1)"
+    s, heads = self.settings, list(self.network.heads.parameters())
+    rest = [p for p in self.parameters() if p.requires_grad and not any(p is h for h in heads)]
+    groups = [{'params': rest, 'lr_scale': s.backbone_lr}, {'params': heads}]
+    if s.optimizer=='adam': return torch.optim.Adam(groups, s.lr, weight_decay=s.weight_decay,
+                                                    amsgrad=s.amsgrad)
+    if s.optimizer!='sgd': raise ValueError(f"optimizer {s.optimizer!r} is neither 'adam' nor 'sgd'")
+    return torch.optim.SGD(groups, s.lr, momentum=.9, nesterov=True, weight_decay=s.weight_decay)
 
 # %% ../../nbs/methods/30_scr.ipynb #8d0dde97
 def head_cam(
@@ -204,7 +231,11 @@ class Projection(nn.Module):
         self.kept = kept
         self.register_buffer('mean', mean); self.register_buffer('axes', axes)
 
-    def forward(self, f): return (f.float()-self.mean)@self.axes.T
+    def forward(self,
+        f:Tensor, # Features, `(N,D)`
+    )->Tensor:
+        "Subtract the mean, then project"
+        return (f.float()-self.mean)@self.axes.T
 
 # %% ../../nbs/methods/30_scr.ipynb #1c97118e
 def fit_projection(
@@ -235,5 +266,15 @@ class Projected(nn.Module):
         super().__init__()
         self.method, self.projection, self.settings = method, projection, method.settings
 
-    def embed(self, images): return F.normalize(self.projection(self.method.embed(images)), dim=1)
-    def distance(self, query, gallery): return cosine_distance(query, gallery)
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor:
+        "Test feature of the method, projected"
+        return F.normalize(self.projection(self.method.embed(images)), dim=1)
+
+    def distance(self,
+        query:Tensor, # Query features, `(Q,D)`
+        gallery:Tensor, # Gallery features, `(G,D)`
+    )->Tensor:
+        "Cosine distance, whatever the method uses"
+        return cosine_distance(query, gallery)

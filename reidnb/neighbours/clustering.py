@@ -201,7 +201,10 @@ class Clusters:
     kept: bool = False # True: the labels are those of an earlier epoch
 
     @property
-    def n(self): return int(self.labels.max(initial=-1))+1
+    def n(self,
+    )->int: # Largest label plus 1; 0 if all rows are noise
+        "Number of clusters"
+        return int(self.labels.max(initial=-1))+1
 
 # %% ../../nbs/neighbours/30_clustering.ipynb #f324b51a
 def _raised(find, eps, floor, least):

@@ -42,8 +42,10 @@ def expand(
     return out
 
 # %% ../../nbs/neighbours/20_reciprocal.ipynb #6db29fca
-def pair_distances(x):
-    "A function that gives squared Euclidean distances of pairs of rows of `x`"
+def pair_distances(
+    x:Tensor, # Rows, float32 `(N,D)`, on the device where the work is done
+)->Callable: # `pairs(i,j)` -> float32 `(P,)` numpy, for row numbers `i` and `j`, int64 `(P,)` numpy
+    "A function that gives squared Euclidean distances of pairs of rows"
     step = 256 if x.device.type=='cpu' else 2**16      # a block of pairs stays in the processor's cache
     def distance(i, j):
         i, j = (torch.from_numpy(a).to(x.device) for a in (i, j))

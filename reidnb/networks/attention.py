@@ -30,10 +30,15 @@ class SqueezeExcite(nn.Module):
         nn.init.kaiming_normal_(self.squeeze.weight); nn.init.zeros_(self.squeeze.bias)
         nn.init.normal_(self.excite.weight, std=.01); nn.init.constant_(self.excite.bias, start)
 
-    def gates(self, x): # `(B,C,H,W)` -> weight of each channel in `(0,1)`, `(B,C)`
+    def gates(self,
+        x, # Map, `(B,C,H,W)`
+    ):
+        "Weight of each channel in (0,1), `(B,C)`"
         return self.excite(F.relu(self.squeeze(x.mean((2, 3))))).sigmoid()
 
-    def forward(self, x): return x*self.gates(x)[..., None, None]
+    def forward(self,
+        x, # Map, `(B,C,H,W)`
+    ): return x*self.gates(x)[..., None, None]
 
 # %% ../../nbs/networks/22_attention.ipynb #9ddf4ca3
 class _Gated:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 import torchvision
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -48,30 +49,40 @@ class Backbone(nn.Module):
         widths = [m.num_features for m in self.modules() if hasattr(m, 'num_features')]
         self.channels, self.report = channels or widths[-1], None
 
-    def modules_of(self, stage): return [self.get_submodule(k) for k in self.stages[stage]]
+    def modules_of(self,
+        stage, # Number of the stage, from 0 (the stem)
+    ):
+        "Modules of a stage, in order of computation"
+        return [self.get_submodule(k) for k in self.stages[stage]]
 
-    def freeze(self,
-        n:int, # Stages from the stem on; 0: none, 1: the stem
-        shortcuts:bool=True, # False: norms of shortcuts go on collecting statistics
-    )->'Backbone': # Itself
-        "Freeze the first stages with their batch norms"
-        if not 0<=n<=len(self.stages):
-            raise ValueError(f"frozen_stages={n}: {self.name} has {len(self.stages)} stages with the stem")
-        for i in range(len(self.stages)):
-            for m in self.modules_of(i): m.requires_grad_(i>=n)
-        self.n_frozen, self.frozen_shortcuts = n, shortcuts
-        return self.train(self.training)
-
-    def train(self, mode=True):
+    def train(self,
+        mode=True, # True: training; frozen stages stay in eval mode
+    ):
         super().train(mode)
         for i in range(self.n_frozen):
             for m in self.modules_of(i): _rest(m, self.frozen_shortcuts, mode)
         return self
 
-    def forward(self, x):
+    def forward(self,
+        x, # Images, `(B,3,H,W)`
+    ):
         for i in range(len(self.stages)):
             for m in self.modules_of(i): x = m(x)
         return x
+
+# %% ../../nbs/networks/10_backbones.ipynb #59d2d465
+@patch
+def freeze(self:Backbone,
+    n:int, # Stages from the stem on; 0: none, 1: the stem
+    shortcuts:bool=True, # False: norms of shortcuts go on collecting statistics
+)->'Backbone': # Itself
+    "Freeze the first stages with their batch norms"
+    if not 0<=n<=len(self.stages):
+        raise ValueError(f"frozen_stages={n}: {self.name} has {len(self.stages)} stages with the stem")
+    for i in range(len(self.stages)):
+        for m in self.modules_of(i): m.requires_grad_(i>=n)
+    self.n_frozen, self.frozen_shortcuts = n, shortcuts
+    return self.train(self.training)
 
 # %% ../../nbs/networks/10_backbones.ipynb #b8ddff03
 class SmallNet(nn.Module):
@@ -90,7 +101,9 @@ class SmallNet(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
 
-    def forward(self, x):
+    def forward(self,
+        x, # Images, `(B,3,H,W)`
+    ):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -235,7 +248,9 @@ class GlobalPool(nn.Module):
         if kind not in ('gap', 'gmp', 'gem'): raise ValueError(f"pooling {kind!r}: 'gap', 'gmp' or 'gem'")
         self.kind, self.p = kind, nn.Parameter(torch.tensor(float(p))) if kind=='gem' else None
 
-    def forward(self, x):
+    def forward(self,
+        x, # Map, `(B,C,H,W)`
+    ):
         x = x.float()
         if self.kind=='gap': return x.mean((2, 3))
         if self.kind=='gmp': return x.amax((2, 3))
@@ -279,7 +294,9 @@ class Encoder(nn.Module):
         self.neck = bn_neck(self.dim) if neck=='bn' else nn.Identity()
         self.test_feature = test_feature
 
-    def forward(self, images):
+    def forward(self,
+        images, # Normalised crops, `(B,3,H,W)`
+    ):
         f = self.pool(self.backbone(images))
         return f, self.neck(f)
 

@@ -154,7 +154,9 @@ class ExemplarMemory(Memory):
         return _logits(f, self.rows, temperature)
 
     @property
-    def seen(self): return self.rows.any(1)
+    def seen(self):
+        "Rows that hold a feature already, bool `(N,)`"
+        return self.rows.any(1)
 
 # %% ../../nbs/networks/40_memory.ipynb #3975b274
 def keep_schedule(

@@ -42,7 +42,9 @@ class AIBN2d(_NormBase):
         elif learned: self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         else: self.register_buffer('alpha', torch.tensor(float(alpha)))
 
-    def forward(self, x):
+    def forward(self,
+        x, # Map, `(B,C,H,W)`
+    ):
         if x.ndim!=4: raise ValueError(f"AIBN2d: maps (B,C,H,W), not {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             full, a = _full(x), self.alpha.clamp(0, 1)
@@ -79,7 +81,9 @@ class IBNa(nn.Module):
         self.IN = nn.InstanceNorm2d(self.half, eps, affine=True)
         self.BN = nn.BatchNorm2d(channels-self.half, eps, momentum)
 
-    def forward(self, x):
+    def forward(self,
+        x, # Map, `(B,C,H,W)`
+    ):
         a, b = x.split([self.half, self.num_features-self.half], 1)
         return torch.cat([self.IN(a), self.BN(b)], 1)
 

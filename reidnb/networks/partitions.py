@@ -28,7 +28,10 @@ class Stripes(nn.Module):
         if n<1: raise ValueError(f"{n} stripes: at least 1")
         self.n, self.pool = n, GlobalPool(kind)
 
-    def rows(self, height): # First row and row after the last, of each stripe
+    def rows(self,
+        height, # Rows of the map
+    ):
+        "First row and row after the last, of each stripe"
         return [(i*height//self.n, -(-(i+1)*height//self.n)) for i in range(self.n)]
 
     def forward(self, x): # `(B,C,H,W)` -> `(B,n,C)`
@@ -44,7 +47,10 @@ class ChannelGroups:
         n = self.groups if isinstance(groups, int) else min(self.groups, default=0)
         if n<1: raise ValueError(f"channel groups {groups!r}: at least one, none empty")
 
-    def sizes(self, channels): # Channels of each group
+    def sizes(self,
+        channels, # Channels of the map
+    ):
+        "Channels of each group"
         if isinstance(self.groups, int):
             a, rest = divmod(channels, self.groups)
             if not a: raise ValueError(f"{channels} channels make no {self.groups} groups")
@@ -96,10 +102,16 @@ class EmbeddingFC(nn.Module):
     def forward(self, x): # `(B,dim)` -> embedding after BN, `(B,out)`
         return self.bn(self.fc(x))
 
-    def source(self, e): # Embedding -> what the classifier reads
+    def source(self,
+        e, # Embedding, `(B,dim)`
+    ):
+        "What the classifier reads"
         return self.dropout(F.relu(e) if self.relu else e)
 
-    def target(self, e): # Embedding -> what the memory holds
+    def target(self,
+        e, # Embedding, `(B,dim)`
+    ):
+        "What the memory holds, unit rows `(B,dim)`"
         if self.target_head=='code': return self.dropout(F.normalize(e.float(), dim=1))
         return F.normalize(self.dropout(F.relu(e)).float(), dim=1)
 
@@ -132,7 +144,10 @@ class HeadSpec:
             if part and not 0<=part[0]<n:
                 raise ValueError(f"head {self.name!r}: {what} {part[0]} of {n}, counted from 0")
 
-    def widths(self, channels): # Channels of the map -> channels pooled, and after the reduction
+    def widths(self,
+        channels, # Channels of the map
+    ):
+        "Channels pooled, and after the reduction"
         i, n = self.channels or (0, 1)
         pooled = ChannelGroups(n).sizes(channels)[i]
         own = channels//8 if self.reduce=='conv' else 2*channels
@@ -167,7 +182,10 @@ class Architecture:
     heads = property(lambda s: tuple(h for b in s.branches for h in b.heads), doc="Heads in order")
     n_global = property(lambda s: sum(h.is_global for h in s.heads), doc="Heads with a triplet")
 
-    def table(self, channels=2048): # Markdown table of the heads for a width of the map
+    def table(self,
+        channels=2048, # Channels of the map
+    ):
+        "Markdown table of the heads"
         out = '| head | branch | reads | pooled | reduced | trained with |\n'+'|---'*6+'|\n'
         for b,h in ((b, h) for b in self.branches for h in b.heads):
             loss = ['CE']*h.classifier+['triplet']*h.is_global
@@ -316,13 +334,14 @@ class _Branches(nn.Module): # the modules of an architecture
         x = self.shared(images)
         return {k: tail(x) for k,tail in self.branches.items()}
 
-# %% ../../nbs/networks/30_partitions.ipynb #c37e3100
+# %% ../../nbs/networks/30_partitions.ipynb #c37e3101
 class Heads(NamedTuple):
     "Output of `MultiBranch`: vectors and logits by name of the head"
     pooled:dict # Pooled vectors `(B,c)`
     reduced:dict # Vectors after the reduction `(B,d)`
     logits:dict # Logits `(B,K)` of the heads with a classifier
 
+# %% ../../nbs/networks/30_partitions.ipynb #c37e3100
 class MultiBranch(_Branches):
     "A backbone with branches and heads, built from a description"
     def __init__(self,
@@ -342,7 +361,10 @@ class MultiBranch(_Branches):
             if z is not None: out.logits[h.name] = z
         return out
 
-    def for_triplet(self, out): # `Heads` -> vectors of the global heads, by name
+    def for_triplet(self,
+        out, # What the network returned, `Heads`
+    ):
+        "Vectors of the global heads, by name"
         vectors = getattr(out, self.architecture.triplet_on)
         return {h.name: vectors[h.name] for h in self.architecture.heads if h.is_global}
 
@@ -351,7 +373,10 @@ class MultiBranch(_Branches):
         f = torch.cat([v.float() for v in vectors.values()], 1)
         return F.normalize(f, dim=1) if self.architecture.unit else f
 
-    def set_classifiers(self, centroids): # Centroids of test features, `(K,dim)` -> new classifiers
+    def set_classifiers(self,
+        centroids, # Centroids of test features, `(K,dim)`
+    ):
+        "New classifiers, whose rows are the centroids cut by head"
         if centroids.shape[1]!=self.dim:
             raise ValueError(f"{centroids.shape[1]} channels, not {self.dim}")
         for (name,_),w in zip(self.dims.items(), centroids.split(list(self.dims.values()), 1)):

@@ -72,7 +72,9 @@ class LoadReport:
     unexpected:list=field(default_factory=list) # Names in the file without a partner
 
     @property
-    def complete(self): return not self.missing and not self.skipped
+    def complete(self):
+        "Whether every tensor of the network came from the file"
+        return not self.missing and not self.skipped
 
     def __str__(self):
         def some(names): return ', '.join(names[:4])+(', ...' if len(names)>4 else '')

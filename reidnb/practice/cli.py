@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import tyro
+from fastcore.basics import patch
 from tyro.conf import Positional, subcommand
 
 # %% ../../nbs/practice/40_cli.ipynb #d26ebe19
@@ -31,6 +32,8 @@ class World:
     device:Literal['auto','cpu','cuda']='auto' # Where to render
 
     def run(self):
+        "Render the site; returns what was written"
+        "Render, write, and say how many crops and how fast"
         from reidnb.practice.experiments import device
         from reidnb.world.sites import make_site, write_market
         start, folder = time.perf_counter(), self.out/self.site
@@ -63,6 +66,25 @@ class DataOptions:
         size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height,
                     layout=self.layout or None)
         return open_data(self.data, self.root or None, seed=self.data_seed, **size)
+
+# %% ../../nbs/practice/40_cli.ipynb #69e648c1
+def _scores(
+    o, # The options of `Eval`
+    method, # A trained method
+    data, # `ReIDData` to score on
+    posts:list, # Names of post-processing
+    seconds:dict, # Filled with the wall time of each stage, s
+)->dict: # Name of post-processing -> `Metrics`
+    "Score crop by crop, or walk by walk"
+    from reidnb.data.video import by_tracklet, is_video
+    from reidnb.training.scoring import post_tracklets, score, score_posts
+    options = dict(progress=True, ap=o.ap)
+    if o.per=='tracklet' or o.per=='auto' and is_video(data):
+        read = dict(T=o.frames, how=o.sampling, groups=3 if o.pooling=='tpp' else 1)
+        return post_tracklets(method, by_tracklet(data), posts, seed=o.data_seed, seconds=seconds,
+                              **read, **options)
+    if posts[1:]: return score_posts(method, data, posts, seconds=seconds, **options)
+    return {'none': score(method, data, **options)}
 
 # %% ../../nbs/practice/40_cli.ipynb #830002ff
 def _recipe_command(
@@ -97,6 +119,8 @@ class Train(DataOptions):
     report:bool=True # Write `report.html`
 
     def run(self):
+        "Train, score and report; returns the scores"
+        "Open the data, check them, train, test, and say what was left where"
         from reidnb.core.distributed import rank_size
         from reidnb.data.checks import check
         from reidnb.practice.experiments import report_run, run_experiment
@@ -139,30 +163,20 @@ class Eval(DataOptions):
     pooling:Literal['tp','tpp']='tp' # Mean of the frames, or means of beginning, middle and end in a row
     out:str='' # Result card to write, `*.json`
 
-    def posts(self):
-        "Names of post-processing, see `reidnb.ranking.postprocessing`"
-        first = 'rr+'*self.rerank
-        return ['none', *['rr']*self.rerank, *[first+'tlift']*self.tlift, *[first+'tfusion']*self.tfusion]
-
     def run(self):
+        "Score the model; returns one line a way of post-processing"
+        "Load, open, score, and write the card where asked"
         from reidnb.data.checks import check, data_facts
-        from reidnb.data.video import by_tracklet, is_video
         from reidnb.practice.experiments import device
         from reidnb.training.cards import make_card, write_card
         from reidnb.training.models import load_model
-        from reidnb.training.scoring import post_tracklets, score, score_posts
         method = load_model(self.model).to(device())
         data, start, posts = self.open(method.settings.height), time.perf_counter(), self.posts()
         print(data, *_other_split(self.model, data), sep='\n', flush=True)
         data.need('query', 'gallery')
         check(data)
-        seconds, options = {}, dict(progress=True, ap=self.ap)
-        if self.per=='tracklet' or self.per=='auto' and is_video(data):
-            read = dict(T=self.frames, how=self.sampling, groups=3 if self.pooling=='tpp' else 1)
-            found = post_tracklets(method, by_tracklet(data), posts, seed=self.data_seed, seconds=seconds,
-                                   **read, **options)
-        elif posts[1:]: found = score_posts(method, data, posts, seconds=seconds, **options)
-        else: found = {'none': score(method, data, **options)}
+        seconds = {}
+        found = _scores(self, method, data, posts, seconds)
         scores = {k: m.to_dict() for k,m in found.items()} if posts[1:] else found['none'].to_dict()
         card = make_card('eval', method.settings, data_facts(data), scores,
                          seconds or time.perf_counter()-start, method.settings.seed,
@@ -170,6 +184,13 @@ class Eval(DataOptions):
         if self.out: write_card(card, self.out)
         lines = [f'{k+":":12}{m}' for k,m in found.items()] if posts[1:] else [str(found['none'])]
         return f'{self.model} on {data.name}: ' + '\n'.join(['']*bool(posts[1:]) + lines)
+
+# %% ../../nbs/practice/40_cli.ipynb #97ea68e8
+@patch
+def posts(self:Eval):
+    "Names of post-processing, see `reidnb.ranking.postprocessing`"
+    first = 'rr+'*self.rerank
+    return ['none', *['rr']*self.rerank, *[first+'tlift']*self.tlift, *[first+'tfusion']*self.tfusion]
 
 # %% ../../nbs/practice/40_cli.ipynb #92ef7bc3
 @dataclass(kw_only=True)
@@ -183,6 +204,8 @@ class Search:
     out:str='' # Picture of the hits to write, e.g. `hits.jpg`
 
     def run(self):
+        "Search the folder; returns the hits"
+        "Build a gallery, search it, and draw the hits where asked"
         from reidnb.data.folders import from_folder
         from reidnb.practice.experiments import device
         from reidnb.practice.gallery import show_hits
@@ -217,6 +240,8 @@ class Match:
     out:str='' # Picture of the matches to write, e.g. `matches.jpg`
 
     def run(self):
+        "Compare the two images; returns distance and matches"
+        "Compare two images, and draw their places where the model has them"
         import torch
         from reidnb.data.crops import Crops
         from reidnb.networks.extraction import extract
@@ -246,6 +271,8 @@ class Demo:
     fresh:bool=False # Start anew although the folder holds a run
 
     def run(self):
+        "Render, train, search, report; returns scores and the path of the report"
+        "Render, train, search and report, telling each step"
         from reidnb.methods.registry import recipe
         from reidnb.practice.experiments import report_run, run_experiment
         from reidnb.world.sites import make_site
@@ -275,6 +302,8 @@ class Bench:
     out:str='' # Result card to write, `*.json`
 
     def run(self):
+        "Run the jobs; returns their table"
+        "Run the jobs side by side and return the table"
         from reidnb.practice.benchmarks import JOBS, bench, growth, table
         from reidnb.training.cards import make_card, write_card
         start, jobs = time.perf_counter(), self.jobs or tuple(JOBS)

@@ -39,7 +39,9 @@ class Result:
     out:Path # Folder of the run
 
     @property
-    def metrics(self): return self.after.metrics if self.after else None
+    def metrics(self):
+        "Scores after training; None without a test part"
+        return self.after.metrics if self.after else None
 
 # %% ../../nbs/practice/35_experiments.ipynb #3cedcd37
 def device(

@@ -60,7 +60,9 @@ class Hits:
                     int(g.cams[j]), float(g.times[j]), int(g.tracks[j]), int(g.pids[j]))
                 for r,j in enumerate(rows) if j>=0]
 
-    def name(self, i):
+    def name(self,
+        i, # Number of the query, from 0
+    ):
         "Name of query `i`"
         return f'query {i}' if self.queries is None else self.queries.file_name(i)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/ranking/30_lifting.ipynb #d338abc5
@@ -273,20 +274,14 @@ class Lift:
     seen:tuple # Queries of A's camera and gallery images of X's camera with a time, rows
 
     @property
-    def p_t(self): return float(self.kernel.mean()) # (QAConv eq. 3)
+    def p_t(self):
+        "Temporal probability, the mean of the kernel (QAConv eq. 3)"
+        return float(self.kernel.mean()) # (QAConv eq. 3)
 
     @property
-    def lifted(self): return (self.p_t+self.params['alpha'])*self.looks
-
-    def table(self,
-    )->list: # (gallery row, times chosen, by which queries, best score, seconds from X, weight)
-        "One row for each different pivot, most weight first"
-        out = []
-        for g in dict.fromkeys(self.pivots.tolist()):
-            at = np.flatnonzero(self.pivots==g)
-            out.append((g, len(at), self.by[at].tolist(), float(self.scores[at].max()),
-                        float(self.clocks[1][g]-self.moments[1]), float(self.kernel[at[0]])))
-        return out
+    def lifted(self):
+        "Lifted score"
+        return (self.p_t+self.params['alpha'])*self.looks
 
     def __str__(self):
         (a, x), p = self.cams, self.params
@@ -296,6 +291,18 @@ class Lift:
         rows = [f'  image {g:>5} at {dt:+7.1f} s  weight {w:.3f}  score {s:.3f}  chosen {n}x by {by}'
                 for g,n,by,s,dt,w in self.table()]
         return '\n'.join([head]+rows)
+
+# %% ../../nbs/ranking/30_lifting.ipynb #3e16d822
+@patch
+def table(self:Lift,
+)->list: # (gallery row, times chosen, by which queries, best score, seconds from X, weight)
+    "One row for each different pivot, most weight first"
+    out = []
+    for g in dict.fromkeys(self.pivots.tolist()):
+        at = np.flatnonzero(self.pivots==g)
+        out.append((g, len(at), self.by[at].tolist(), float(self.scores[at].max()),
+                    float(self.clocks[1][g]-self.moments[1]), float(self.kernel[at[0]])))
+    return out
 
 # %% ../../nbs/ranking/30_lifting.ipynb #cb74159b
 def explain_lift(

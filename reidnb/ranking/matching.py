@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -183,22 +184,20 @@ class QAConv(nn.Module):
         self.fc = nn.Linear(height*width*(1 if shared else 2), 1)
         if shared: nn.init.constant_(self.fc.weight, 1/(height*width))
 
-    def forward(self, queries, gallery, detach=False):
+    def forward(self,
+        queries, # Unit maps, `(B,d,h,w)`
+        gallery, # Unit maps, `(G,d,h,w)`
+        detach=False, # Send no gradient to the gallery side
+    ):
         "Logits `(B,G)`; `detach=True` sends no gradient to the gallery side (a class memory)"
         self.check(queries, gallery)
         v = best_matches(queries, gallery.detach() if detach else gallery, half=self.half,
                          kernel_size=self.kernel_size, budget=self.budget)
         return self.logits(v)
 
-    def logits(self, v):
-        "Logits `(...)` of maxima `(...,2hw)`: BN, weights, BN"
-        with torch.autocast(v.device.type, enabled=False):
-            v = v if v.dtype==torch.float64 else v.float()
-            x = self.bn1(v.reshape(-1, 1, v.shape[-1])).view(v.shape)
-            if self.shared: x = x.unflatten(-1, (2, -1)).sum(-2)
-            return self.bn2(self.fc(x).view(-1, 1)).view(v.shape[:-1])
-
-    def score(self, z):
+    def score(self,
+        z, # Logits, any shape
+    ):
         "Test score in (0,1) of a logit"
         return torch.sigmoid(z/10)
 
@@ -208,6 +207,18 @@ class QAConv(nn.Module):
             if tuple(x.shape[2:])!=(self.height, self.width):
                 raise ValueError(f'maps of {tuple(x.shape[2:])} locations; this matcher has '
                                  f'weights for ({self.height}, {self.width})')
+
+# %% ../../nbs/ranking/40_matching.ipynb #255f314b
+@patch
+def logits(self:QAConv,
+    v, # Maxima of both sides, `(...,2hw)`
+):
+    "Logits `(...)` of maxima `(...,2hw)`: BN, weights, BN"
+    with torch.autocast(v.device.type, enabled=False):
+        v = v if v.dtype==torch.float64 else v.float()
+        x = self.bn1(v.reshape(-1, 1, v.shape[-1])).view(v.shape)
+        if self.shared: x = x.unflatten(-1, (2, -1)).sum(-2)
+        return self.bn2(self.fc(x).view(-1, 1)).view(v.shape[:-1])
 
 # %% ../../nbs/ranking/40_matching.ipynb #190c30b2
 @torch.no_grad()
@@ -362,7 +373,9 @@ class Matches:
         x = self.similarity if self.contribution is None else self.contribution
         return x.argsort(descending=True, stable=True)
 
-    def table(self, n=12):
+    def table(self,
+        n=12, # Matches to list
+    ):
         "The first `n` in that order, one a line"
         line = 'row {:2} column {:2}  to  row {:2} column {:2}   similarity {:.2f}'
         return '\n'.join(line.format(*self.query[i].tolist(), *self.gallery[i].tolist(), self.similarity[i])

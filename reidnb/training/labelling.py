@@ -73,9 +73,12 @@ class PseudoLabels:
     seconds: dict = field(default_factory=dict) # 'features', 'neighbours', 'clusters' -> wall time, s
 
     @property
-    def labels(self): return torch.from_numpy(self.clusters.labels)
+    def labels(self):
+        "Label of each crop, int64 `(N,)`; -1 is an outlier"
+        return torch.from_numpy(self.clusters.labels)
 
-    def facts(self): # Plain numbers for the log; statistics that are not known are left out
+    def facts(self):
+        "Plain numbers for the log; statistics that are not known are left out"
         out = {'clusters': self.clusters.n, 'eps': self.clusters.eps, 'kept': int(self.clusters.kept),
                **{k: v for k,v in self.clusters.stats.items() if k!='clusters'},
                **{f'seconds_{k}': round(v, 4) for k,v in self.seconds.items()}}

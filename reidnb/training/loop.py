@@ -83,7 +83,10 @@ class Run:
         if self.main: self.out.mkdir(parents=True, exist_ok=True)
         self.log = None
 
-    def write(self, row):
+    def write(self,
+        row, # Name -> number or text, one line of the log
+    ):
+        "Append a row to `log.jsonl`, in the first process only"
         if not self.main: return
         if self.log is None: self.log = open(self.out/'log.jsonl', 'a')
         self.log.write(json.dumps(row)+'\n')

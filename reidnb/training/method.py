@@ -63,7 +63,10 @@ class Batch:
     images:Tensor # `(B,3,H,W)`, or a tuple of views of that shape
     index:Tensor # Rows of the training crops, int64 `(B,)`
     def __len__(self): return len(self.index)
-    def to(self, device):
+    def to(self,
+        device, # Where to compute, a torch device or its name
+    ):
+        "The same batch on a device"
         move = lambda x: x.to(device, non_blocking=True)
         views = isinstance(self.images, (tuple, list))
         return Batch(tuple(map(move, self.images)) if views else move(self.images), move(self.index))
@@ -79,12 +82,26 @@ class Method(nn.Module):
     ):
         super().__init__()
         self.settings, self.crops, self.facts = settings, crops, {}
-    def epoch(self, n)->Iterable[Batch]: raise NotImplementedError('batches of epoch n')
-    def loss(self, batch)->dict: raise NotImplementedError('named loss terms of a batch')
-    def after_step(self, batch): "Memory updates, teachers"
-    def embed(self, images)->Tensor: raise NotImplementedError('test feature (B,D)')
-    def distance(self, query, gallery)->Tensor: return cosine_distance(query, gallery)
-    def before_load(self, state): "Resize what the state of a checkpoint resizes"
+    def epoch(self,
+        n, # Epoch, from 0
+    )->Iterable[Batch]: raise NotImplementedError('batches of epoch n')
+    def loss(self,
+        batch, # The batch
+    )->dict: # Name of a term -> scalar tensor; the loop sums them
+        raise NotImplementedError('named loss terms of a batch')
+    def after_step(self,
+        batch, # The batch that was stepped on
+    ): "Memory updates, teachers"
+    def embed(self,
+        images, # Normalised crops, `(B,3,H,W)`
+    )->Tensor: raise NotImplementedError('test feature (B,D)')
+    def distance(self,
+        query, # Query features, `(Q,D)`
+        gallery, # Gallery features, `(G,D)`
+    )->Tensor: return cosine_distance(query, gallery)
+    def before_load(self,
+        state, # State of a checkpoint, name -> tensor
+    ): "Resize what the state of a checkpoint resizes"
     def forward(self, batch): return self.loss(batch)   # data-parallel training wraps forward
 
 # %% ../../nbs/training/10_method.ipynb #934f41d4

@@ -34,7 +34,7 @@ def save_model(
 # %% ../../nbs/training/20_models.ipynb #f424d82c
 _small = Path(reidnb.__file__).parent/'weights'/'small.safetensors'   # trained by tools/pretrain.py
 _MOVED = {'reidnb.contract': 'reidnb.training.method', 'reidnb.training': 'reidnb.training.method',
-          'reidnb.pseudo_labels': 'reidnb.training.labelling'} # Where files of before look for classes -> where they are
+          'reidnb.pseudo_labels': 'reidnb.training.labelling'} # Module named in an old file -> module now
 
 def _named(spec): # The class that 'module:name' means
     module, name = spec.split(':')

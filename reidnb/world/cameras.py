@@ -59,8 +59,13 @@ class CameraLook:
     quality:Tensor # JPEG quality, int64 `(C,)`
     sun:Tensor # Strength of the direct light, `(C,)`
     light:Tensor # Direction to the light: right, up, towards the camera, unit, `(C,3)`
+
     def __len__(self): return len(self.gain)
-    def to(self, device): return CameraLook(*[Pose(*[getattr(v, f.name).to(device) for f in fields(v)])
+    def to(self,
+        device, # Name of a device, or a `torch.device`
+    )->'CameraLook': # The same cameras there
+        "Move the cameras, with their poses, to a device"
+        return CameraLook(*[Pose(*[getattr(v, f.name).to(device) for f in fields(v)])
         if isinstance(v, Pose) else v.to(device) for v in (getattr(self, f.name) for f in fields(self))])
 
 # %% ../../nbs/world/35_cameras.ipynb #edb31352

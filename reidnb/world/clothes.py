@@ -42,8 +42,16 @@ class Points:
     level: Tensor # Height over the pelvis in torso lengths, `(N,)`
     depth: Tensor # Depth towards the camera, m, `(N,)`
 
-    def at(self, table): return table.index_select(-1, self.body)
-    def take(self, sel):
+    def at(self,
+        table:Tensor, # A value of each body of the batch, `(...,B)`
+    )->Tensor: # The values at the points, `(...,N)`
+        "Look up what belongs to the body of each point"
+        return table.index_select(-1, self.body)
+
+    def take(self,
+        sel:Tensor, # Points to take, int64 `(M,)`
+    )->'Points': # `M` points, in the order of `sel`
+        "Select points"
         return Points(*[getattr(self, f.name).index_select(-1, sel) for f in fields(self)])
 
 # %% ../../nbs/world/20_clothes.ipynb #e515317f

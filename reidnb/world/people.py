@@ -114,7 +114,11 @@ class People:
 
     def __len__(self): return len(self.height)
     def __getitem__(self, idx): return People(*[getattr(self, f.name)[idx] for f in fields(self)])
-    def to(self, device): return People(*[getattr(self, f.name).to(device) for f in fields(self)])
+    def to(self,
+        device, # Name of a device, or a `torch.device`
+    )->'People': # The same people there
+        "Move the table to a device"
+        return People(*[getattr(self, f.name).to(device) for f in fields(self)])
     device = property(lambda self: self.height.device)
 
 # %% ../../nbs/world/10_people.ipynb #46460260

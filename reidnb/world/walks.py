@@ -18,8 +18,14 @@ class Network:
     xy:np.ndarray # Positions, `(C,2)`, m
     heading:np.ndarray # Where each camera looks, rad from east, counter-clockwise, `(C,)`
     street:np.ndarray # Whether a street joins two cameras, bool `(C,C)`, symmetric
+
     def __len__(self): return len(self.xy)
-    def metres(self, a, b): return float(np.hypot(*(self.xy[a] - self.xy[b])))
+    def metres(self,
+        a:int, # A camera
+        b:int, # Another camera
+    )->float: # Distance as the crow flies, m
+        "How far two cameras are from each other"
+        return float(np.hypot(*(self.xy[a] - self.xy[b])))
 
 # %% ../../nbs/world/40_walks.ipynb #41e06f56
 def make_network(
