@@ -19,7 +19,19 @@ def pytest_addoption(parser):
     parser.addoption('--cuda', action='store_true', help='also run cells and tests that need a GPU')
 
 
+@pytest.hookimpl(tryfirst=True)   # before xdist turns `no` into `load`
+def pytest_cmdline_main(config):
+    "With -n, a file, and what its tests share, stays in one process, unless --dist says otherwise"
+    if getattr(config.option, 'numprocesses', None) and getattr(config.option, 'dist', None) == 'no':
+        config.option.dist = 'loadfile'
+
+
 def pytest_configure(config):
+    try: from hypothesis import HealthCheck, settings
+    except ImportError: pass
+    else:   # a slow machine is no fault
+        settings.register_profile('any machine', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile('any machine')
     if config.getoption('--cuda'):
         import torch
         if not torch.cuda.is_available(): raise pytest.UsageError('--cuda: torch sees no GPU on this machine')

@@ -1,6 +1,6 @@
 """A run of ICE, SpCL or CAP in a process of its own, for the tests that kill it or run several at once.
 
-usage: ice_child.py METHOD OUT EPOCHS [KILL_AT_STEP]
+usage: ice_child.py METHOD OUT EPOCHS [KILL_AT_STEP|still]
 """
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from children import STILL, keep_gradient, smooth
 from reidnb.data.toys import toy_crops
 from reidnb.methods.ice import ICE, ICESettings
 from reidnb.methods.proxies import CAP, CAPSettings, SpCL, SpCLSettings
@@ -37,6 +38,9 @@ def build(name, epochs, kill_at=0, **changes):
 
 
 if __name__ == '__main__':
-    method = build(sys.argv[1], int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 0)
+    still = 'still' in sys.argv
+    method = build(sys.argv[1], int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 and not still else 0,
+                   **(STILL if still else {}))
+    if still: keep_gradient(sys.argv[2]), smooth(method)
     fit(method, Path(sys.argv[2]), progress=False)
     torch.distributed.is_initialized() and torch.distributed.destroy_process_group()

@@ -52,3 +52,47 @@ def test_fresh_namespace(project):
                   outputs=[], execution_count=None)]
     (p.path / '20_next.ipynb').write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     p.runpytest_subprocess().assert_outcomes(passed=2)
+
+
+TWO_FILES = {f'test_{k}': "import os, pytest\n@pytest.mark.parametrize('n', range(6))\ndef test_a(n):\n"
+                          "    with open(os.environ['SEEN'], 'a') as f: f.write(f'{__name__} {os.getpid()}\\n')" for k in 'ab'}
+
+
+def processes(p, monkeypatch, *args):
+    "Run two files of six tests each; the processes in which each of them ran"
+    p.makepyfile(**TWO_FILES)
+    p.path.joinpath('pyproject.toml').write_text((ROOT / 'pyproject.toml').read_text())
+    seen = p.path / 'seen'
+    monkeypatch.setenv('SEEN', str(seen))
+    monkeypatch.delenv('PYTEST_XDIST_WORKER', raising=False)
+    p.runpytest_subprocess(*args, 'test_a.py', 'test_b.py').assert_outcomes(passed=12)
+    rows = [line.split() for line in seen.read_text().splitlines()]
+    assert len(rows) == 12
+    return [{pid for name, pid in rows if name == f'test_{k}'} for k in 'ab']
+
+
+@pytest.mark.parametrize('missing', [('xdist',), ('xdist', 'timeout')])
+def test_runs_without_the_plugins(project, monkeypatch, missing):
+    "With the project's own configuration"
+    a, b = processes(project('assert True'), monkeypatch, *(x for k in missing for x in ('-p', f'no:{k}')))
+    assert a == b and len(a) == 1
+
+
+def test_a_file_stays_in_one_process(project, monkeypatch):
+    pytest.importorskip('xdist')
+    a, b = processes(project('assert True'), monkeypatch, '-n', '2')
+    assert len(a) == len(b) == 1 and a != b
+
+
+def test_another_dist_is_obeyed(project, monkeypatch):
+    pytest.importorskip('xdist')
+    a, b = processes(project('assert True'), monkeypatch, '-n', '2', '--dist', 'load')
+    assert len(a | b) == 2 and (len(a) == 2 or len(b) == 2)   # tests go to whoever is free: a file is split
+
+
+def test_a_slow_draw_is_no_failure(project):
+    "Hypothesis has no deadline here"
+    p = project('assert True')
+    p.makepyfile("import time\nfrom hypothesis import given, settings, strategies as st\n@settings(max_examples=2)\n@given(st.integers())\n"
+                 "def test_slow(n): time.sleep(.3)")
+    p.runpytest_subprocess('test_a_slow_draw_is_no_failure.py').assert_outcomes(passed=1)

@@ -284,15 +284,6 @@ def test_demand_counts_a_linear_layer():
     assert np.isclose(L.gpu_demand(net, 8, 4, peak=1e6, share=.5), .5e6/(3*2*96*10))
 
 
-def test_cached_batches_are_faster_than_files():
-    crops, t = toy_crops(16, n_cams=2, height=128), train_transform()
-    def rate(make): return max(L.crops_per_second(make()) for _ in range(3))
-    s = ShuffleSampler(64, 16)
-    files = rate(lambda: DataLoader(CropDataset(crops, t, seed=0), batch_sampler=s))
-    loader = L.ResidentLoader(crops, s, L.BatchAugment(0))
-    assert rate(lambda: loader) > 1.3*files
-
-
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_crop_drawn_twice_in_an_epoch_looks_different(workers):
     "Also with workers, in shards, and alike for every loader"

@@ -123,7 +123,7 @@ def test_memory_stays_in_the_budget():
     import subprocess
     import sys
     code = '''if 1:
-        import torch
+        import torch; torch.set_num_threads(1)   # each thread has buffers of its own
         from reidnb.neighbours.nearest import knn
         def peak(reset=False):
             if reset: open('/proc/self/clear_refs', 'w').write('5')

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from children import finish, plain, same, start, start_world
+from children import STILL, agree, finish, keep_gradient, plain, same, smooth, start, start_world
+from reidnb.core.precision import safe_bf16
 from reidnb.data.crops import ReIDData
 from reidnb.data.toys import toy_crops
 from reidnb.networks.extraction import extract
@@ -23,7 +24,7 @@ from reidnb.core.distributed import global_batch_norm, rank_size
 from reidnb.practice.gallery import build_gallery
 from reidnb.core.checkpoints import load_checkpoint
 from reidnb.core.checkpoints import seed_everything
-from reidnb.training.loop import fit, read_log
+from reidnb.training.loop import fit
 from reidnb.training.method import Batch
 from reidnb.training.models import load_model, save_model
 from reidnb.training.scoring import score
@@ -64,9 +65,10 @@ class Killed(QAConvMethod):
 
 def child(out, loss, kill_at=0):
     cls = Killed if loss == 'focal' else QAConvMethod
-    s = settings(loss=loss, global_weight=.1, margin=1., lr=.02 if loss == 'focal' else 5e-4)   # small: rounding stays rounding
+    s = settings(loss=loss, global_weight=.1, margin=1., **({} if loss == 'focal' else STILL))
     seed_everything(s.seed)
     m = cls(s, toy())
+    if loss != 'focal': keep_gradient(out), smooth(m)
     if kill_at: m.kill_at = int(kill_at)
     fit(m, Path(out), progress=False)
     if loss != 'focal': torch.save(batch_gradient(), Path(out) / f'gradient{rank_size()[0]}.pt')
@@ -107,25 +109,19 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
 
 @pytest.mark.parametrize('loss', ['bce', 'bce+triplet'])
 def test_two_processes_equal_one(tmp_path, loss):
-    "The memory is gathered, batch norms see all pairs, in-batch pairs cross processes; the hinge soon amplifies rounding"
+    "The memory is gathered, batch norms see all pairs, in-batch pairs cross processes"
     one, two = tmp_path / 'one', tmp_path / 'two'
     runs = [start(__file__, one, loss), *start_world(__file__, two, loss)]
     finish(runs)
-    a, b = ([r for r in read_log(d) if 'loss' in r] for d in (one, two))
-    assert len(a) == len(b) >= 9
-    terms = [k for k in a[0] if k not in ('epoch', 'step', 'lr')]
-    for n, (x, y) in enumerate(zip(a, b)):
-        if n and 'triplet' in loss: break
-        for k in terms: assert abs(x[k] - y[k]) < (1e-5 if n == 0 else 1e-2) * (1 + abs(x[k])), (n, k, x[k], y[k])
+    agree(one, two, 9)
     (l, g, w), *parts = [torch.load(d / f'gradient{r}.pt') for d, r in ((one, 0), (two, 0), (two, 1))]
     assert all(abs(p[0] - l) < 1e-5 and torch.allclose(p[2], w, atol=1e-5) for p in parts)
     assert torch.allclose(torch.cat([p[1] for p in parts]), g, atol=1e-5), 'the gradient that crosses processes'
     a, b = (load_checkpoint(d / 'checkpoint.pt')['method'] for d in (one, two))
     assert torch.equal(a['memory.seen'], b['memory.seen'])
-    if 'triplet' in loss: return
-    assert (a['memory.maps'] * b['memory.maps']).sum(1).mean() > .999          # cosines of unit locations
+    assert (a['memory.maps'] * b['memory.maps']).sum(1).min() > .9999          # cosines of unit locations
     for k in ('matcher.bn1.running_mean', 'matcher.bn1.running_var', 'matcher.bn2.running_var'):
-        assert torch.allclose(a[k], b[k], rtol=2e-2), (k, a[k], b[k])
+        assert torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4), (k, a[k], b[k])
 
 
 # ------------------------------------------------------------------------------------------ matching
@@ -417,7 +413,7 @@ def test_every_loss_trains_in_both_precisions(loss, precision):
     opt = m.optimizer()
     for batch in first_batches(m, 2):
         opt.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): terms = m(batch)
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'), safe_bf16(): terms = m(batch)
         assert set(terms) == {*loss.split('+'), 'global'} and all(t.isfinite() and t.dtype == torch.float32 for t in terms.values())
         sum(terms.values()).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())

@@ -117,7 +117,8 @@ def book(tmp_path):
     write(tmp_path / 'nbs' / 'index.ipynb', '# Toy\n\n> A toy.\n\n[a](data/10_a.ipynb#The-first) [licence](LICENSE)')
     write(tmp_path / 'nbs' / 'data' / '10_a.ipynb', '# A\n\n> Do a.', cell('#| default_exp a'), cell('#| hide\nimport secret'),
           '## The first\n\n`[not](a.link)` and [b](../zoo/20_b.ipynb), [self](#the-first)', cell('#| exports\ndef f():\n    "F"'),
-          cell('#| export\n#| eval: false\nx = 1'), cell('assert f() is None'), '## Export -', cell('#| hide\nimport nbdev; nbdev.nbdev_export()'))
+          cell('#| export\n#| eval: false\nx = 1'),
+          cell('#| export\nimport os\nfrom a import (\n    b, c)'), cell('import torch  # only this'), cell('import re\nre.escape("a")'), cell('assert f() is None'), '## Export -', cell('#| hide\nimport nbdev; nbdev.nbdev_export()'))
     write(tmp_path / 'nbs' / 'zoo' / '20_b.ipynb', '# B', '## Same', '## Same')
     (tmp_path / 'LICENSE').write_text('')
     (tmp_path / 'reidnb').mkdir()
@@ -131,12 +132,56 @@ def test_a_notebook_becomes_a_page(book):
     assert (page.title, page.subtitle, page.module, page.sections['f']) == ('A', 'Do a.', 'reidnb.a', 'the-first')
     cells = site.notebook(page)['cells']
     code = [c for c in cells if c['cell_type'] == 'code']
-    assert [c['source'] for c in code] == ['def f():\n    "F"', 'x = 1', 'assert f() is None']
-    assert [c['metadata']['tags'] for c in code] == [['defines'], ['hide-input', 'defines', 'shown'], ['tests']]
+    assert [c['source'].splitlines()[0] for c in code] == ['def f():', 'x = 1', 'import os', 'import torch  # only this', 'import re', 'assert f() is None']
+    assert [c['metadata']['tags'] for c in code] == [['defines'], ['hide-input', 'defines', 'shown'], ['hide-input', 'defines'], ['hide-input'], [], ['tests']]
+    assert [c['metadata']['mystnb'].get('code_prompt_show') for c in code] == [None, 'x', 'imports', 'imports', None, None]
     text = '\n'.join(c['source'] for c in cells if c['cell_type'] == 'markdown')
     assert '`[not](a.link)`' in text and '[b](/zoo/b.ipynb)' in text and '[self](/data/a.ipynb#the-first)' in text
     assert 'Export' not in text and 'secret' not in str(cells) and 'py:function} f()' in text
     assert not site.broken
+
+
+def test_imports_are_folded_in_the_whole_book():
+    "A cell of imports and nothing else stands behind one line, also where it is exported"
+    site, n = docs.Site(), 0
+    for p in site.pages:
+        for c in site.notebook(p)['cells']:
+            if c['cell_type'] != 'code' or not docs.only_imports(c['source']): continue
+            n += 1
+            assert 'hide-input' in c['metadata']['tags'] and c['metadata']['mystnb']['code_prompt_show'] == 'imports', (p.name, c['source'])
+    assert n > 30
+
+
+def test_what_stands_open_is_not_said_twice(book):
+    "The parameters of a function whose code the page shows are folded in its API"
+    e = docs_api.Entry('f', 'function', 1, 'F', params=[docs_api.Param('a', 'int', '', 'A'), docs_api.Param('b', 'int', '', 'B')])
+    assert '<details' not in docs_api.markdown(e, 'm', 'url') and '2 parameters' in docs_api.markdown(e, 'm', 'url', shown={'f'})
+    assert docs.opened('class A:\n    def g(self): pass\n@patch\ndef h(self:A): pass\ndef f(): pass') == ['A', 'A.g', 'A.h', 'f']
+    assert next(p for p in docs.Site(book).pages if p.name == 'data/a').shown == {'f'}
+
+
+def test_pictures_have_captions_and_places(book):
+    picture = cell('#| echo: false\n#| layout: half\n#| fig-cap: Two people\nshow()')
+    write(book / 'nbs' / 'data' / '12_d.ipynb', '# D', picture)
+    site = docs.Site(book)
+    meta = site.notebook(next(p for p in site.pages if p.name == 'data/d'))['cells'][1]['metadata']
+    assert meta['tags'] == ['remove-input', 'half'] and meta['mystnb'] == {'figure': {'caption': 'Two people'}, 'image': {'alt': 'Two people'}}
+
+
+def test_wings_come_in_the_order_of_the_book(book):
+    "Folders as WINGS says, then all others by name; an empty one is skipped; modules of wings have their API and short names"
+    for folder in ('training', 'core', 'apes', 'world'): write(book / 'nbs' / folder / '10_p.ipynb', f'# {folder}', cell(f'#| default_exp {folder}.p'))
+    (book / 'nbs' / 'losses').mkdir()
+    for folder in ('core', 'world'):
+        (book / 'reidnb' / folder).mkdir()
+        (book / 'reidnb' / folder / 'p.py').write_text(f'__all__ = ["{folder}_it", "both"]\ndef {folder}_it(): "It"\ndef both(): "Both"\n')
+    site = docs.Site(book)
+    assert site.parts() == ['core', 'data', 'world', 'training', 'apes', 'zoo']
+    names = site.names()
+    assert names['reidnb.world.sites'] == ['doc', 'world/index'] and names['reidnb.world.sites.p'] == ['doc', 'world/p']
+    for name in ('world_it', 'world.world_it', 'reidnb.world.sites.world_it', 'reidnb.world.sites.p.world_it'): assert names[name] == ['obj', 'reidnb.world.sites.p.world_it']
+    assert names['core.both'] == ['obj', 'reidnb.core.p.both'] and 'both' not in names
+    assert '### `reidnb.core.p`' in site.api_page() and '`reidnb.world.sites.p.world_it`' in site.part_page('world')
 
 
 def test_new_folders_and_pages_need_no_list(book):
@@ -188,6 +233,12 @@ def built():
         warnings.simplefilter('ignore')
         assert docs.build(out) == 0
     return out
+
+
+def place(name):
+    "`page.html#module.name` of a public name, wherever its notebook stands"
+    site = docs.Site()
+    return next(f'{p.name}.html#{p.module}.{name}' for p in site.pages for e in site.api.get(p.module, ()) if e.name == name)
 
 
 @pytest.fixture(scope='module')
@@ -300,16 +351,87 @@ def test_every_page_on_a_phone(browser, pages):
 @pytest.mark.slow
 def test_pages_on_a_desk(browser, pages):
     "1300 pixels, light: the front, the contents of the parts, and three chapters"
-    some = [p for p in pages if '/' not in p or p.endswith('index.html')] + ['features/metric_losses.html', 'data/crops.html', 'ranking/evaluation.html']
+    some = [p for p in pages if '/' not in p or p.endswith('index.html')] + [place(n).split('#')[0] for n in ('pairwise_distance', 'Crops', 'evaluate')]
     faults, _ = visit(browser, some, 1300, 'light')
     assert not faults, '\n'.join(faults)
 
 
+MEASURE = textwrap.dedent('''
+    async () => {
+      if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+      for (const i of document.images) { i.loading = 'eager'; await i.decode().catch(() => 0); }
+      const high = document.documentElement.scrollHeight;                          // as a reader finds it: what is folded stays folded
+      const shots = [...document.querySelectorAll('article figure img')].map(i => i.getBoundingClientRect()).map(r => [r.top, r.bottom, r.width]);
+      for (const d of document.querySelectorAll('article details')) d.open = true; // the code behind a line must fit as well
+      const code = [...document.querySelectorAll('article pre')].map(e => ({wide: e.scrollWidth, seen: e.clientWidth, text: e.textContent.trimEnd()}));
+      return {high, shots, code, wide: document.documentElement.scrollWidth};
+    }''')
+
+
+def measured(browser, pages, width):
+    "What MEASURE finds on each page in a window of this width, 900 pixels high"
+    context, out = browser.new_context(viewport=dict(width=width, height=900)), {}
+    for name in pages:
+        tab = context.new_page()
+        tab.goto(f'{browser.site}/{name}', wait_until='load')
+        out[name] = tab.evaluate(MEASURE)
+        tab.close()
+    context.close()
+    return out
+
+
+@pytest.fixture(scope='module')
+def desk(browser, pages): return measured(browser, pages, 1440)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('word, page', [('pairwise_distance', 'features/metric_losses.html#reidnb.losses.metric.pairwise_distance'),
-                                        ('evaluate', 'ranking/evaluation.html#reidnb.ranking.evaluation.evaluate'),
-                                        ('trapezoid', 'protocol.html')])
+@pytest.mark.timeout(600)
+def test_code_fits_its_column(desk):
+    "1440 pixels: a block whose lines have at most 110 characters needs no scroll bar; nor do the drawings of the first two pages"
+    cut, drawings = [], 0
+    for name, page in desk.items():
+        for c in page['code']:
+            longest = max(map(len, c['text'].splitlines()), default=0)
+            if longest <= 110 and c['wide'] > c['seen']: cut.append(f"{name}: {longest} characters, {c['wide']} pixels in {c['seen']}: {c['text'][:60]!r}")
+            if name in ('index.html', 'start.html') and '─►' in c['text']:
+                drawings += 1
+                if c['wide'] > c['seen']: cut.append(f"{name}: the drawing is cut, {c['wide']} pixels in {c['seen']}")
+    assert not cut, '\n'.join(cut)
+    assert drawings == 2 and sum(len(p['code']) for p in desk.values()) > 1000
+
+
+@pytest.mark.slow
+def test_the_first_screen_shows_pictures(desk):
+    "1440 x 900: the cameras above, a ranked list and a report side by side below them, all before the fold"
+    (cams, ranked, report), width = desk['index.html']['shots'], 874
+    assert max(cams[1], ranked[1], report[1]) <= 900, desk['index.html']['shots']
+    assert ranked[0] >= cams[1] and abs(ranked[0]-report[0]) < 2 and cams[2] > .95*width and ranked[2] > .45*width
+
+
+HIGH = 35_000   # pixels of `document.documentElement.scrollHeight` in a window of 1440 x 900: formulas set, pictures loaded, folds closed
+
+
+@pytest.mark.slow
+def test_no_method_page_is_tall(desk):
+    tall = {name: page['high'] for name, page in desk.items() if name.startswith('methods/') and page['high'] > HIGH}
+    assert not tall, f'split these chapters, or move their tables to nbs/results/: {tall}'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_code_scrolls_in_its_own_box_on_a_phone(browser, pages):
+    "380 pixels: no page scrolls sideways, also with every fold open; long code scrolls where it stands"
+    some = [p for p in pages if '/' not in p or p.startswith(('methods/', 'data/'))]
+    found = measured(browser, some, 380)
+    wide = {name: page['wide'] for name, page in found.items() if page['wide'] > 380}
+    assert not wide
+    assert any(c['wide'] > c['seen'] for c in found['index.html']['code'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('word, page', [('pairwise_distance', ''), ('evaluate', ''), ('trapezoid', 'protocol.html')])
 def test_search_finds(browser, word, page):
+    page = page or place(word)
     tab = browser.new_page()
     tab.goto(f'{browser.site}/index.html')
     box = tab.locator('input[type=search], input[name=q]').first
@@ -326,7 +448,8 @@ def test_the_colour_switch_and_the_file_system(browser, built):
     context = browser.new_context(color_scheme='light')
     tab, faults = context.new_page(), []
     tab.on('console', lambda m: faults.append(m.text) if m.type == 'error' else None)
-    tab.goto((built / 'features' / 'metric_losses.html').as_uri())
+    page = place('pairwise_distance').split('#')[0]
+    tab.goto((built / page).as_uri())
     assert tab.evaluate(LOOK)['set'] > 5
     shade = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     for _ in range(3):
@@ -334,6 +457,6 @@ def test_the_colour_switch_and_the_file_system(browser, built):
         if tab.evaluate("document.body.dataset.theme") == 'dark': break
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != shade
     tab.goto((built / 'search.html').as_uri() + '?q=pairwise_distance')
-    tab.wait_for_selector('#search-results li a[href*="metric_losses"]', timeout=20_000)
+    tab.wait_for_selector('#search-results li a[href*="' + page + '"]', timeout=20_000)
     assert not faults
     context.close()

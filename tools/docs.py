@@ -21,16 +21,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 import docs_api
 
 ROOT = Path(__file__).parent.parent
-# Folders in the order of the book; a folder that is not named here comes after these.
-PARTS = {'data': ('Data', 'People, cameras and crops: the world that is rendered, the data sets that are not, and what goes into a network.'),
+# The wings of the book in reading order: the only place that says it. A folder of nbs/ without pages is skipped, one not named here comes last.
+WINGS = ['tutorials', 'data', 'datasets', 'world', 'networks', 'losses', 'neighbours', 'ranking', 'viz', 'training', 'generators', 'methods', 'results',
+         'practice', 'core']
+# What a wing is called, and what it is about; without an entry it is called as its folder.
+ABOUT = {'core': ('Core', 'What every room uses: files, checkpoints, processes, costs, figures.'),
+         'neighbours': ('Neighbours', 'Who is near whom: nearest and reciprocal neighbours, and the clusters they make.'),
+         'data': ('Data', 'Crops as one table: folders, splits, checks, transforms, samplers, loading.'),
+         'datasets': ('Data sets', 'Public data sets of images and of videos: their layouts, their protocols, their terms.'),
+         'world': ('World', 'A world without real people: bodies, clothes, places, cameras, walks, and the sites they make.'),
+         'networks': ('Networks', 'From an image to a vector: backbones, norms, attention, parts, memories, teachers.'),
+         'losses': ('Losses', 'What shapes the vectors, one family a page.'),
          'features': ('Features', 'From an image to a vector: networks, norms, parts, memories, and the losses that shape them.'),
          'labels': ('Labels', 'From vectors to identities nobody gave: neighbours and clusters.'),
-         'ranking': ('Ranking', 'From vectors to an ordered gallery: scores, re-ranking, time, matching, and pictures of all of them.'),
+         'ranking': ('Ranking', 'From vectors to an ordered gallery: scores, re-ranking, time, matching.'),
+         'viz': ('Pictures', 'What a ranking got right and wrong, and where a network looks.'),
          'training': ('Training', 'One loop for every method: what it promises, how it resumes, what it writes down.'),
          'generators': ('Generators', 'Images that were never taken: camera styles and views.'),
          'methods': ('Methods', 'The parts put together, one chapter a method.'),
-         'tutorials': ('Tutorials', 'One task each.'),
-         'practice': ('Practice', 'Search, reports, experiments and the command line.')}
+         'results': ('Results', 'What was measured, one page a method, made from result cards.'),
+         'practice': ('Practice', 'Search, reports, experiments and the command line.'),
+         'tutorials': ('Tutorials', 'One task each.')}
 FRONT = ['start']                                        # pages of nbs/ itself that stand before the parts; the others stand after
 LAST = ['protocol', 'glossary', 'equations']             # and the order of these
 DIRECTIVE = re.compile(r'^#\s*\|\s*([\w-]+):?[ \t]*(.*)$')
@@ -64,6 +75,7 @@ class Page:
     module: str = ''                                      # `reidnb.data.crops`
     headings: dict = field(default_factory=dict)          # what an anchor says -> its slug
     sections: dict = field(default_factory=dict)          # exported name -> slug of the section that defines it
+    shown: set = field(default_factory=set)               # names whose code stands open on the page, `Crops.labels` for a method
 
     @property
     def part(self): return self.name.rpartition('/')[0]
@@ -102,16 +114,38 @@ def read(path: Path, lib: str, nbs: Path) -> Page:
             if 'default_exp' in marks: page.module = f"{lib}.{marks['default_exp']}"
             if marks.keys() & {'export', 'exports'}:
                 for n in defined(source(cell)): page.sections.setdefault(n, at)
+            if 'exports' in marks: page.shown |= set(opened(source(cell)))
     page.title = page.title or path.stem
     return page
 
 
+def body(text: str) -> list:
+    """The statements of a cell; none when it is not Python"""
+    try: return ast.parse(text).body
+    except SyntaxError: return []
+
+
 def defined(text: str) -> list:
     """Names a cell defines"""
-    try: body = ast.parse(text).body
-    except SyntaxError: return []
-    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    return names + [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    names = [n.name for n in body(text) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    targets = [t for n in body(text) if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, 'targets', None) or [n.target]]
+    return names + [t.id for u in targets for t in getattr(u, 'elts', [u]) if isinstance(t, ast.Name)]
+
+
+def opened(text: str) -> list:
+    """Functions, classes and methods a cell defines, a method as `Class.method`, patched ones too"""
+    out = []
+    for n in body(text):
+        if isinstance(n, ast.ClassDef): out += [n.name] + [f'{n.name}.{f.name}' for f in n.body if isinstance(f, ast.FunctionDef)]
+        elif isinstance(n, ast.FunctionDef):
+            patched = any(docs_api.code(d).split('(')[0] in ('patch', 'patch_to') for d in n.decorator_list) and n.args.args
+            out.append(f'{docs_api.code(n.args.args[0].annotation)}.{n.name}' if patched else n.name)
+    return out
+
+
+def only_imports(text: str) -> bool:
+    """Whether a cell holds imports and nothing else"""
+    return bool(body(text)) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body(text))
 
 
 class Site:
@@ -169,11 +203,14 @@ class Site:
         meta, tags = {}, []
         if marks.get('echo') == 'false': tags.append('remove-input')
         if marks.get('output') == 'false': tags.append('remove-output')
-        if marks.keys() & {'export', 'exporti'} or marks.get('code-fold') == 'true':
+        mystnb = meta.setdefault('mystnb', {})
+        if marks.keys() & {'export', 'exporti'} or marks.get('code-fold') == 'true' or only_imports(text):
             names = [n for n in defined(text) if n != '_all_']
-            label = ', '.join(names) if names else 'imports'
+            label = 'imports' if only_imports(text) else ', '.join(names) or 'code'
             tags.append('hide-input')
-            meta['mystnb'] = {'code_prompt_show': label, 'code_prompt_hide': label}
+            mystnb |= {'code_prompt_show': label, 'code_prompt_hide': label}
+        if cap := marks.get('fig-cap'): mystnb |= {'figure': {'caption': cap}, 'image': {'alt': cap}}
+        if marks.get('layout') in ('half', 'strip'): tags.append(marks['layout'])             # two side by side; a long one, scrolled on a phone
         if marks.keys() & {'export', 'exports', 'exporti'}: tags.append('defines')
         elif TEST.search(text): tags.append('tests')
         for flag in ('slow', 'cuda'):
@@ -181,6 +218,8 @@ class Site:
         if marks.get('eval') == 'false': tags.append('shown')
         text = '\n'.join(s for s in text.splitlines() if not re.match(r'.*#\|\s*hide_line\s*$', s))
         outputs = json.loads(json.dumps(cell.get('outputs', [])))
+        printed = ''.join(''.join(o.get('text', '')) for o in outputs).splitlines()
+        if len(printed) <= 3 and any(len(s) > 110 for s in printed): tags.append('wraps')         # a sentence, not a table
         for o in outputs:
             o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)   # a page has no kernel: the still picture stays
             if 'text/markdown' in o.get('data', {}):
@@ -213,13 +252,13 @@ class Site:
         out = ['## API', '', '{.api-lead}', f'What `{page.module}` exports.', '']
         for e in self.api[page.module]:
             at = page.sections.get(e.name)
-            out += [docs_api.markdown(e, page.module, url, f'#{at}' if at else ''), '']
+            out += [docs_api.markdown(e, page.module, url, f'#{at}' if at else '', page.shown), '']
         return '\n'.join(out)
 
     def parts(self) -> list:
         """Folders that hold notebooks, in the order of the book"""
-        found = dict.fromkeys(p.part for p in self.pages if p.part)
-        return [p for p in PARTS if p in found] + [p for p in found if p not in PARTS]
+        found = {p.part for p in self.pages if p.part}
+        return [p for p in WINGS if p in found] + sorted(found - set(WINGS))
 
     def contents(self) -> str:
         """The hidden tables of contents of the root page, which make the side bar"""
@@ -231,7 +270,7 @@ class Site:
 
     def part_page(self, part: str) -> str:
         """The contents of one part: every chapter with its subtitle"""
-        title, text = PARTS.get(part, (part.capitalize(), ''))
+        title, text = ABOUT.get(part, (part.capitalize(), ''))
         pages = [p for p in self.pages if p.part == part]
         out = [f'# {title}', '', *(['{.lead}', f'> {text}', ''] if text else []), '{.chapters}']
         for p in pages:
@@ -245,7 +284,7 @@ class Site:
         out = ['# API', '', '{.lead}', '> Every public name of the package, where it is explained, and what it is for in one line.', '']
         for part in [*self.parts(), '']:
             pages = [p for p in self.pages if p.part == part and self.api.get(p.module)]
-            if pages: out += [f'## {PARTS.get(part, (part.capitalize() or "Notebooks", ""))[0]}', '']
+            if pages: out += [f'## {ABOUT.get(part, (part.capitalize() or "Notebooks", ""))[0]}', '']
             for p in pages:
                 out += [f'### `{p.module}`', '', f'[{p.title}](/{p.name}.ipynb): {p.subtitle}', '', '````{list-table}', ':class: api-index', ':widths: 30 70', '']
                 for e in self.api[p.module]:
@@ -255,18 +294,17 @@ class Site:
         return '\n'.join(out)
 
     def names(self) -> dict:
-        """What a word between backticks may mean -> [domain role, target]: modules, full names, and names that are unique"""
-        out, short = {}, {}
+        """What a word between backticks may mean -> [domain role, target]: wings, modules, full names, names that are unique in a wing or in all"""
+        out, short = {f'{self.lib}.{part}': ['doc', f'{part}/index'] for part in self.parts()}, {}
         for p in self.pages:
             if p.module: out[p.module] = ['doc', p.name]
         for module, found in self.api.items():
             for e in (x for f in found for x in (f, *f.members)):
                 full = f'{module}.{e.name}'
                 out[full] = out[full.removeprefix(f'{self.lib}.')] = ['obj', full]
-                short.setdefault(e.name, []).append(full)
-        for name, full in short.items():
-            if len(full) == 1 and name not in out: out[name] = ['obj', full[0]]
-        return out
+                wing = module.rpartition('.')[0]                        # which hands on names of its modules: `reidnb.world.sites.make_site`
+                for name in {e.name, f'{wing}.{e.name}', f'{wing}.{e.name}'.removeprefix(f'{self.lib}.')}: short.setdefault(name, set()).add(full)
+        return {name: ['obj', *full] for name, full in short.items() if len(full) == 1} | out
 
     def write(self, src: Path, draft: bool = False):
         """Write the sources of the site; files that did not change keep their time, so a second build is short"""

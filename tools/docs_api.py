@@ -153,8 +153,16 @@ def table(e: Entry) -> str:
     return '\n'.join([*out, '````'])
 
 
-def markdown(e: Entry, module: str, source: str, section: str = '', depth: int = 7) -> str:
-    """The entry as MyST: signature, docstring, table and source link; `source` is the address of the module"""
+def folded(e: Entry, text: str) -> str:
+    """A table behind one line: what it says stands beside the code on the same page already"""
+    n = sum(p.name != '*' for p in e.params)
+    label = ' and '.join(s for s in (f'{n} parameter{"s"*(n > 1)}'*(n > 0), 'result'*(e.returns is not None)) if s)
+    raw = '\n'.join(['`````{raw} html', '%s', '`````'])
+    return '\n\n'.join([raw % f'<details class="api-fold"><summary>{label}</summary>', text, raw % '</details>'])
+
+
+def markdown(e: Entry, module: str, source: str, section: str = '', shown=(), depth: int = 7) -> str:
+    """The entry as MyST: signature, docstring, table and source link; `source` is the address of the module, `shown` names with open code"""
     fence = '`'*depth
     # one line: Sphinx breaks long ones itself
     out = [f'{fence}{{py:{e.kind}}} {" ".join(signature(e).split())}', f':module: {module}', *(f':{f}:' for f in e.flags)]
@@ -163,6 +171,7 @@ def markdown(e: Entry, module: str, source: str, section: str = '', depth: int =
     first, _, rest = cleandoc(e.doc).partition('\n')
     out += ['', '{.api-source}', f'[source]({source}#L{e.line}){here}', '', plain(first)]
     if rest.strip(): out += ['', *('\n'.join(map(plain, part.splitlines())) for part in [rest.strip('\n')])]
-    out += ['', table(e), '']
-    for m in e.members: out += [markdown(m, module, source, depth=depth-1), '']
+    text = table(e)
+    out += ['', folded(e, text) if text and e.name in shown else text, '']
+    for m in e.members: out += [markdown(m, module, source, shown=shown, depth=depth-1), '']
     return '\n'.join([*out, fence])

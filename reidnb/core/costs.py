@@ -73,7 +73,7 @@ def measured(
         seconds[step] = seconds.get(step, 0.)+time.perf_counter()-start
     if peak:
         megabytes[step] = max(megabytes.get(step, 0.), peak.ram)
-        if peak.gpu is not None: megabytes[f'{step}, GPU'] = peak.gpu
+        if peak.gpu is not None: megabytes[f'{step}, GPU'] = max(megabytes.get(f'{step}, GPU', 0.), peak.gpu)
     return x
 
 # %% ../../nbs/core/25_costs.ipynb #a92ecc37

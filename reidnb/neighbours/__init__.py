@@ -3,6 +3,6 @@ from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
     'nearest': 'Neighbours knn knn_given',
-    'reciprocal': 'reciprocal expand encode overlap jaccard source_term',
+    'reciprocal': 'expand encode overlap jaccard source_term',
     'clustering': 'Clusters cluster dbscan agglomerative per_camera kmeans suggest_eps score_overlap '
         'reliable'})

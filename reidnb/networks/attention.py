@@ -31,14 +31,15 @@ class SqueezeExcite(nn.Module):
         nn.init.normal_(self.excite.weight, std=.01); nn.init.constant_(self.excite.bias, start)
 
     def gates(self,
-        x, # Map, `(B,C,H,W)`
-    ):
-        "Weight of each channel in (0,1), `(B,C)`"
+        x:Tensor, # Map, `(B,C,H,W)`
+    )->Tensor: # In `(0,1)`, `(B,C)`
+        "Weight of each channel"
         return self.excite(F.relu(self.squeeze(x.mean((2, 3))))).sigmoid()
 
     def forward(self,
-        x, # Map, `(B,C,H,W)`
-    ): return x*self.gates(x)[..., None, None]
+        x:Tensor, # Map, `(B,C,H,W)`
+    )->Tensor: # The map with weighted channels, same shape
+        return x*self.gates(x)[..., None, None]
 
 # %% ../../nbs/networks/22_attention.ipynb #9ddf4ca3
 class _Gated:

@@ -50,22 +50,22 @@ class Backbone(nn.Module):
         self.channels, self.report = channels or widths[-1], None
 
     def modules_of(self,
-        stage, # Number of the stage, from 0 (the stem)
-    ):
+        stage:int, # Number of the stage, from 0 (the stem)
+    )->list: # Its modules
         "Modules of a stage, in order of computation"
         return [self.get_submodule(k) for k in self.stages[stage]]
 
     def train(self,
-        mode=True, # True: training; frozen stages stay in eval mode
-    ):
+        mode:bool=True, # True: training; frozen stages stay in eval mode
+    )->'Backbone': # Itself
         super().train(mode)
         for i in range(self.n_frozen):
             for m in self.modules_of(i): _rest(m, self.frozen_shortcuts, mode)
         return self
 
     def forward(self,
-        x, # Images, `(B,3,H,W)`
-    ):
+        x:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor: # Map, `(B,channels,H/stride,W/stride)`
         for i in range(len(self.stages)):
             for m in self.modules_of(i): x = m(x)
         return x
@@ -102,8 +102,8 @@ class SmallNet(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
 
     def forward(self,
-        x, # Images, `(B,3,H,W)`
-    ):
+        x:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor: # Map, `(B,C,H/32,W/32)`, C the last of `widths`
         x = self.relu(self.bn1(self.conv1(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -249,8 +249,8 @@ class GlobalPool(nn.Module):
         self.kind, self.p = kind, nn.Parameter(torch.tensor(float(p))) if kind=='gem' else None
 
     def forward(self,
-        x, # Map, `(B,C,H,W)`
-    ):
+        x:Tensor, # Map, `(B,C,H,W)`
+    )->Tensor: # One vector an image, float32 `(B,C)`
         x = x.float()
         if self.kind=='gap': return x.mean((2, 3))
         if self.kind=='gmp': return x.amax((2, 3))
@@ -295,8 +295,8 @@ class Encoder(nn.Module):
         self.test_feature = test_feature
 
     def forward(self,
-        images, # Normalised crops, `(B,3,H,W)`
-    ):
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->tuple: # Pooled features, and the same after the neck, `(B,D)` each
         f = self.pool(self.backbone(images))
         return f, self.neck(f)
 

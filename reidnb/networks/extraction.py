@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..core.precision import safe_bf16
 from ..data.crops import Crops
 from ..data.items import CropDataset
 from ..data.transforms import test_transform
@@ -66,7 +67,7 @@ def extract(
     at = first.device if first is not None else device or 'cpu'
     data = CropDataset(crops, transform or test_transform(height, width))
     loader, out = DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator()), []
-    with _eval_mode(encoder):
+    with _eval_mode(encoder), safe_bf16(at):
         for images,rows in tqdm(loader, desc=f'features of {crops.name}', disable=not progress):
             images = images.to(at, non_blocking=True)
             f = encoder.embed(images).float()

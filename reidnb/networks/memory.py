@@ -154,8 +154,9 @@ class ExemplarMemory(Memory):
         return _logits(f, self.rows, temperature)
 
     @property
-    def seen(self):
-        "Rows that hold a feature already, bool `(N,)`"
+    def seen(self
+    )->Tensor: # Bool `(N,)`
+        "Rows that hold a feature already: not all zeros"
         return self.rows.any(1)
 
 # %% ../../nbs/networks/40_memory.ipynb #3975b274

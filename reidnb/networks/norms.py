@@ -43,8 +43,8 @@ class AIBN2d(_NormBase):
         else: self.register_buffer('alpha', torch.tensor(float(alpha)))
 
     def forward(self,
-        x, # Map, `(B,C,H,W)`
-    ):
+        x:Tensor, # Map, `(B,C,H,W)`
+    )->Tensor: # Normalised map, same shape and type
         if x.ndim!=4: raise ValueError(f"AIBN2d: maps (B,C,H,W), not {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             full, a = _full(x), self.alpha.clamp(0, 1)
@@ -82,8 +82,8 @@ class IBNa(nn.Module):
         self.BN = nn.BatchNorm2d(channels-self.half, eps, momentum)
 
     def forward(self,
-        x, # Map, `(B,C,H,W)`
-    ):
+        x:Tensor, # Map, `(B,C,H,W)`
+    )->Tensor: # Normalised map, same shape
         a, b = x.split([self.half, self.num_features-self.half], 1)
         return torch.cat([self.IN(a), self.BN(b)], 1)
 

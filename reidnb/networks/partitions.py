@@ -29,12 +29,14 @@ class Stripes(nn.Module):
         self.n, self.pool = n, GlobalPool(kind)
 
     def rows(self,
-        height, # Rows of the map
-    ):
-        "First row and row after the last, of each stripe"
+        height:int, # Rows of the map
+    )->list: # First row and row after the last, of each stripe
+        "Rows of each stripe; neighbours share one where `n` does not divide the height"
         return [(i*height//self.n, -(-(i+1)*height//self.n)) for i in range(self.n)]
 
-    def forward(self, x): # `(B,C,H,W)` -> `(B,n,C)`
+    def forward(self,
+        x:Tensor, # Map, `(B,C,H,W)`
+    )->Tensor: # One vector a stripe, float32 `(B,n,C)`
         return torch.stack([self.pool(x[:,:,a:b]) for a,b in self.rows(x.shape[2])], 1)
 
 # %% ../../nbs/networks/30_partitions.ipynb #e5fb37fc
@@ -48,8 +50,8 @@ class ChannelGroups:
         if n<1: raise ValueError(f"channel groups {groups!r}: at least one, none empty")
 
     def sizes(self,
-        channels, # Channels of the map
-    ):
+        channels:int, # Channels of the vector or map
+    )->list: # One number a group
         "Channels of each group"
         if isinstance(self.groups, int):
             a, rest = divmod(channels, self.groups)
@@ -99,19 +101,21 @@ class EmbeddingFC(nn.Module):
         self.dropout, self.target_head = nn.Dropout(dropout), target_head
         nn.init.kaiming_normal_(self.fc.weight, mode='fan_out'); nn.init.zeros_(self.fc.bias)
 
-    def forward(self, x): # `(B,dim)` -> embedding after BN, `(B,out)`
+    def forward(self,
+        x:Tensor, # Pooled features, `(B,dim)`
+    )->Tensor: # Embedding after BN, `(B,out)`
         return self.bn(self.fc(x))
 
     def source(self,
-        e, # Embedding, `(B,dim)`
-    ):
+        e:Tensor, # Embedding, `(B,out)`
+    )->Tensor: # `(B,out)`
         "What the classifier reads"
         return self.dropout(F.relu(e) if self.relu else e)
 
     def target(self,
-        e, # Embedding, `(B,dim)`
-    ):
-        "What the memory holds, unit rows `(B,dim)`"
+        e:Tensor, # Embedding, `(B,out)`
+    )->Tensor: # Float32 `(B,out)`; unit rows, but not after the dropout of 'code' in training
+        "What the memory holds"
         if self.target_head=='code': return self.dropout(F.normalize(e.float(), dim=1))
         return F.normalize(self.dropout(F.relu(e)).float(), dim=1)
 
@@ -145,9 +149,9 @@ class HeadSpec:
                 raise ValueError(f"head {self.name!r}: {what} {part[0]} of {n}, counted from 0")
 
     def widths(self,
-        channels, # Channels of the map
-    ):
-        "Channels pooled, and after the reduction"
+        channels:int, # Channels of the map
+    )->tuple: # Channels pooled, and after the reduction
+        "Channels of the head's vectors"
         i, n = self.channels or (0, 1)
         pooled = ChannelGroups(n).sizes(channels)[i]
         own = channels//8 if self.reduce=='conv' else 2*channels
@@ -183,9 +187,9 @@ class Architecture:
     n_global = property(lambda s: sum(h.is_global for h in s.heads), doc="Heads with a triplet")
 
     def table(self,
-        channels=2048, # Channels of the map
-    ):
-        "Markdown table of the heads"
+        channels:int=2048, # Channels of the map
+    )->str: # Markdown, one row a head
+        "Table of the heads"
         out = '| head | branch | reads | pooled | reduced | trained with |\n'+'|---'*6+'|\n'
         for b,h in ((b, h) for b in self.branches for h in b.heads):
             loss = ['CE']*h.classifier+['triplet']*h.is_global
@@ -350,7 +354,9 @@ class MultiBranch(_Branches):
         n_classes:int|None=None, # People; None: no classifiers yet
     ): super().__init__(backbone, architecture, n_classes)
 
-    def forward(self, images): # `(B,3,H,W)` -> `Heads`
+    def forward(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Heads: # Vectors and logits by name of the head
         maps, parts, out = self.maps(images), {}, Heads({}, {}, {})
         for b,h in ((b, h) for b in self.architecture.branches for h in b.heads):
             key = _pool_key(b, h)
@@ -362,9 +368,9 @@ class MultiBranch(_Branches):
         return out
 
     def for_triplet(self,
-        out, # What the network returned, `Heads`
-    ):
-        "Vectors of the global heads, by name"
+        out:Heads, # What the network returned
+    )->dict: # Name -> vectors, `(B,d)`
+        "Vectors of the global heads"
         vectors = getattr(out, self.architecture.triplet_on)
         return {h.name: vectors[h.name] for h in self.architecture.heads if h.is_global}
 
@@ -374,8 +380,8 @@ class MultiBranch(_Branches):
         return F.normalize(f, dim=1) if self.architecture.unit else f
 
     def set_classifiers(self,
-        centroids, # Centroids of test features, `(K,dim)`
-    ):
+        centroids:Tensor, # Centroids of test features, `(K,dim)`
+    )->None: # Nothing
         "New classifiers, whose rows are the centroids cut by head"
         if centroids.shape[1]!=self.dim:
             raise ValueError(f"{centroids.shape[1]} channels, not {self.dim}")

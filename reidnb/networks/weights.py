@@ -72,7 +72,8 @@ class LoadReport:
     unexpected:list=field(default_factory=list) # Names in the file without a partner
 
     @property
-    def complete(self):
+    def complete(self
+    )->bool: # False when a tensor of the network kept its first values
         "Whether every tensor of the network came from the file"
         return not self.missing and not self.skipped
 

@@ -32,7 +32,6 @@ class World:
     device:Literal['auto','cpu','cuda']='auto' # Where to render
 
     def run(self):
-        "Render the site; returns what was written"
         "Render, write, and say how many crops and how fast"
         from reidnb.practice.experiments import device
         from reidnb.world.sites import make_site, write_market
@@ -119,7 +118,6 @@ class Train(DataOptions):
     report:bool=True # Write `report.html`
 
     def run(self):
-        "Train, score and report; returns the scores"
         "Open the data, check them, train, test, and say what was left where"
         from reidnb.core.distributed import rank_size
         from reidnb.data.checks import check
@@ -164,7 +162,6 @@ class Eval(DataOptions):
     out:str='' # Result card to write, `*.json`
 
     def run(self):
-        "Score the model; returns one line a way of post-processing"
         "Load, open, score, and write the card where asked"
         from reidnb.data.checks import check, data_facts
         from reidnb.practice.experiments import device
@@ -204,7 +201,6 @@ class Search:
     out:str='' # Picture of the hits to write, e.g. `hits.jpg`
 
     def run(self):
-        "Search the folder; returns the hits"
         "Build a gallery, search it, and draw the hits where asked"
         from reidnb.data.folders import from_folder
         from reidnb.practice.experiments import device
@@ -240,7 +236,6 @@ class Match:
     out:str='' # Picture of the matches to write, e.g. `matches.jpg`
 
     def run(self):
-        "Compare the two images; returns distance and matches"
         "Compare two images, and draw their places where the model has them"
         import torch
         from reidnb.data.crops import Crops
@@ -271,7 +266,6 @@ class Demo:
     fresh:bool=False # Start anew although the folder holds a run
 
     def run(self):
-        "Render, train, search, report; returns scores and the path of the report"
         "Render, train, search and report, telling each step"
         from reidnb.methods.registry import recipe
         from reidnb.practice.experiments import report_run, run_experiment
@@ -302,7 +296,6 @@ class Bench:
     out:str='' # Result card to write, `*.json`
 
     def run(self):
-        "Run the jobs; returns their table"
         "Run the jobs side by side and return the table"
         from reidnb.practice.benchmarks import JOBS, bench, growth, table
         from reidnb.training.cards import make_card, write_card
@@ -342,6 +335,8 @@ def main(
     args:list[str]|None=None, # Words of the command line; None: those of this process
 )->int: # Exit status: 0 done, 2 an error that the message explains, 130 stopped by Ctrl-C
     "The command `reidnb`"
+    # Before torch: oneDNN's AMX kernels return wrong bf16 numbers now and then (reidnb.core.precision)
+    if 'torch' not in sys.modules: os.environ.setdefault('ONEDNN_MAX_CPU_ISA', 'AVX512_CORE_BF16')
     command = _parse(sys.argv[1:] if args is None else args)
     try: print(command.run())
     except KeyboardInterrupt:

@@ -61,8 +61,8 @@ class Hits:
                 for r,j in enumerate(rows) if j>=0]
 
     def name(self,
-        i, # Number of the query, from 0
-    ):
+        i:int, # Number of the query, from 0
+    )->str: # Its file name; `query 0` when features were given
         "Name of query `i`"
         return f'query {i}' if self.queries is None else self.queries.file_name(i)
 

@@ -274,12 +274,14 @@ class Lift:
     seen:tuple # Queries of A's camera and gallery images of X's camera with a time, rows
 
     @property
-    def p_t(self):
-        "Temporal probability, the mean of the kernel (QAConv eq. 3)"
-        return float(self.kernel.mean()) # (QAConv eq. 3)
+    def p_t(self
+    )->float: # In `[0,1]`
+        "Temporal probability, the mean of the kernel"
+        return float(self.kernel.mean())
 
     @property
-    def lifted(self):
+    def lifted(self
+    )->float: # `(p_t+alpha)*p_a`
         "Lifted score"
         return (self.p_t+self.params['alpha'])*self.looks
 

@@ -185,20 +185,20 @@ class QAConv(nn.Module):
         if shared: nn.init.constant_(self.fc.weight, 1/(height*width))
 
     def forward(self,
-        queries, # Unit maps, `(B,d,h,w)`
-        gallery, # Unit maps, `(G,d,h,w)`
-        detach=False, # Send no gradient to the gallery side
-    ):
-        "Logits `(B,G)`; `detach=True` sends no gradient to the gallery side (a class memory)"
+        queries:Tensor, # Maps of unit length per location, `(B,d,h,w)`
+        gallery:Tensor, # Maps of unit length per location, `(G,d,h,w)`
+        detach:bool=False, # True: no gradient to the gallery side (a class memory)
+    )->Tensor: # Logits, `(B,G)`
+        "Logits of all pairs"
         self.check(queries, gallery)
         v = best_matches(queries, gallery.detach() if detach else gallery, half=self.half,
                          kernel_size=self.kernel_size, budget=self.budget)
         return self.logits(v)
 
     def score(self,
-        z, # Logits, any shape
-    ):
-        "Test score in (0,1) of a logit"
+        z:Tensor, # Logits, any shape
+    )->Tensor: # In `(0,1)`, same shape
+        "Test score of a logit"
         return torch.sigmoid(z/10)
 
     def check(self, *maps):
@@ -211,9 +211,9 @@ class QAConv(nn.Module):
 # %% ../../nbs/ranking/40_matching.ipynb #255f314b
 @patch
 def logits(self:QAConv,
-    v, # Maxima of both sides, `(...,2hw)`
-):
-    "Logits `(...)` of maxima `(...,2hw)`: BN, weights, BN"
+    v:Tensor, # Maxima `[b; a]` of each pair, `(...,2hw)`
+)->Tensor: # `(...)`, float32 (float64 stays)
+    "Logits of maxima: BN, weights, BN"
     with torch.autocast(v.device.type, enabled=False):
         v = v if v.dtype==torch.float64 else v.float()
         x = self.bn1(v.reshape(-1, 1, v.shape[-1])).view(v.shape)
@@ -374,9 +374,9 @@ class Matches:
         return x.argsort(descending=True, stable=True)
 
     def table(self,
-        n=12, # Matches to list
-    ):
-        "The first `n` in that order, one a line"
+        n:int=12, # Matches to list
+    )->str: # One line a match
+        "The first `n` in that order"
         line = 'row {:2} column {:2}  to  row {:2} column {:2}   similarity {:.2f}'
         return '\n'.join(line.format(*self.query[i].tolist(), *self.gallery[i].tolist(), self.similarity[i])
                          for i in self.order()[:n].tolist())

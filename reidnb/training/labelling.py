@@ -73,11 +73,13 @@ class PseudoLabels:
     seconds: dict = field(default_factory=dict) # 'features', 'neighbours', 'clusters' -> wall time, s
 
     @property
-    def labels(self):
-        "Label of each crop, int64 `(N,)`; -1 is an outlier"
+    def labels(self
+    )->Tensor: # Int64 `(N,)`; -1 is an outlier
+        "Label of each crop"
         return torch.from_numpy(self.clusters.labels)
 
-    def facts(self):
+    def facts(self
+    )->dict: # Name -> finite number
         "Plain numbers for the log; statistics that are not known are left out"
         out = {'clusters': self.clusters.n, 'eps': self.clusters.eps, 'kept': int(self.clusters.kept),
                **{k: v for k,v in self.clusters.stats.items() if k!='clusters'},

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from reidnb.core.checkpoints import (load_checkpoint, random_state, save_checkpoint, seed_everything,
     set_random_state)
 from ..core.distributed import global_batch_norm
+from ..core.precision import safe_bf16
 from ..data.crops import ReIDData
 from .method import Batch, Method, Settings, schedule
 from .models import save_model
@@ -84,8 +85,8 @@ class Run:
         self.log = None
 
     def write(self,
-        row, # Name -> number or text, one line of the log
-    ):
+        row:dict, # Name -> number or text, one line of the log
+    )->None: # Nothing
         "Append a row to `log.jsonl`, in the first process only"
         if not self.main: return
         if self.log is None: self.log = open(self.out/'log.jsonl', 'a')
@@ -171,7 +172,7 @@ def train_epoch(
     bar = tqdm(m.epoch(run.epoch), desc=f'epoch {run.epoch+1}/{s.epochs}', leave=False, disable=hide)
     for batch in bar:
         batch = batch.to(acc.device)
-        with acc.accumulate(run.model):
+        with acc.accumulate(run.model), safe_bf16(acc.device, s.precision):
             terms = run.model(batch)
             row = _values(terms, run.epoch, run.step, batch, acc)
             acc.backward(sum(terms.values()))
@@ -226,8 +227,10 @@ def fit(
 
 # %% ../../nbs/training/60_loop.ipynb #76fd78d1
 def _check_weights(run):
-    "A finite loss may have a gradient that is not: such weights are never saved"
-    bad = [k for k,p in run.method.named_parameters() if not p.isfinite().all()]
+    "A finite loss may have a gradient or a variance that is not: such weights are never saved"
+    m = run.method
+    state = [*m.named_parameters(), *((k, v) for k,v in m.named_buffers() if 'running_' in k)]
+    bad = [k for k,v in state if not v.isfinite().all()]
     if bad: raise NonFiniteLoss(f'{len(bad)} weights ({bad[0]}, ..) not finite after epoch {run.epoch-1}: '
                                 f'lower lr or set clip; the last checkpoint is unharmed')
 

@@ -63,9 +63,10 @@ class Batch:
     images:Tensor # `(B,3,H,W)`, or a tuple of views of that shape
     index:Tensor # Rows of the training crops, int64 `(B,)`
     def __len__(self): return len(self.index)
+
     def to(self,
         device, # Where to compute, a torch device or its name
-    ):
+    )->'Batch': # Another batch; its tensors are copied only when they are elsewhere
         "The same batch on a device"
         move = lambda x: x.to(device, non_blocking=True)
         views = isinstance(self.images, (tuple, list))
@@ -82,25 +83,29 @@ class Method(nn.Module):
     ):
         super().__init__()
         self.settings, self.crops, self.facts = settings, crops, {}
+
     def epoch(self,
-        n, # Epoch, from 0
-    )->Iterable[Batch]: raise NotImplementedError('batches of epoch n')
+        n:int, # Epoch, from 0
+    )->Iterable[Batch]: # Its batches
+        raise NotImplementedError('batches of epoch n')
     def loss(self,
-        batch, # The batch
+        batch:Batch, # Crops and their rows
     )->dict: # Name of a term -> scalar tensor; the loop sums them
         raise NotImplementedError('named loss terms of a batch')
     def after_step(self,
-        batch, # The batch that was stepped on
+        batch:Batch, # The batch of the last `loss`
     ): "Memory updates, teachers"
     def embed(self,
-        images, # Normalised crops, `(B,3,H,W)`
-    )->Tensor: raise NotImplementedError('test feature (B,D)')
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor: # Test feature, `(B,D)`
+        raise NotImplementedError('test feature (B,D)')
     def distance(self,
-        query, # Query features, `(Q,D)`
-        gallery, # Gallery features, `(G,D)`
-    )->Tensor: return cosine_distance(query, gallery)
+        query:Tensor, # Query features, `(Q,D)`
+        gallery:Tensor, # Gallery features, `(G,D)`
+    )->Tensor: # Smaller is nearer, `(Q,G)`; here cosine distance in `[0,2]`
+        return cosine_distance(query, gallery)
     def before_load(self,
-        state, # State of a checkpoint, name -> tensor
+        state:dict, # State of a checkpoint, name -> tensor
     ): "Resize what the state of a checkpoint resizes"
     def forward(self, batch): return self.loss(batch)   # data-parallel training wraps forward
 
