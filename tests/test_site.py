@@ -168,6 +168,11 @@ def test_pictures_have_captions_and_places(book):
     assert meta['tags'] == ['remove-input', 'half'] and meta['mystnb'] == {'figure': {'caption': 'Two people'}, 'image': {'alt': 'Two people'}}
 
 
+def test_what_is_printed_stays_between_the_pictures():
+    printed, picture = dict(output_type='stream', name='stdout', text=['a\n']), dict(output_type='display_data', data={}, metadata={})
+    assert [o.get('text') for o in docs.merged([printed, printed, picture, printed])] == ['a\na\n', None, 'a\n'] and printed['text'] == ['a\n']
+
+
 def test_wings_come_in_the_order_of_the_book(book):
     "Folders as WINGS says, then all others by name; an empty one is skipped; modules of wings have their API and short names"
     for folder in ('training', 'core', 'apes', 'world'): write(book / 'nbs' / folder / '10_p.ipynb', f'# {folder}', cell(f'#| default_exp {folder}.p'))
@@ -176,12 +181,12 @@ def test_wings_come_in_the_order_of_the_book(book):
         (book / 'reidnb' / folder).mkdir()
         (book / 'reidnb' / folder / 'p.py').write_text(f'__all__ = ["{folder}_it", "both"]\ndef {folder}_it(): "It"\ndef both(): "Both"\n')
     site = docs.Site(book)
-    assert site.parts() == ['core', 'data', 'world', 'training', 'apes', 'zoo']
+    assert site.parts() == ['data', 'world', 'training', 'core', 'apes', 'zoo']
     names = site.names()
-    assert names['reidnb.world.sites'] == ['doc', 'world/index'] and names['reidnb.world.sites.p'] == ['doc', 'world/p']
-    for name in ('world_it', 'world.world_it', 'reidnb.world.sites.world_it', 'reidnb.world.sites.p.world_it'): assert names[name] == ['obj', 'reidnb.world.sites.p.world_it']
+    assert names['reidnb.world'] == ['doc', 'world/index'] and names['reidnb.world.p'] == ['doc', 'world/p']
+    for name in ('world_it', 'world.world_it', 'reidnb.world.world_it', 'reidnb.world.p.world_it'): assert names[name] == ['obj', 'reidnb.world.p.world_it']
     assert names['core.both'] == ['obj', 'reidnb.core.p.both'] and 'both' not in names
-    assert '### `reidnb.core.p`' in site.api_page() and '`reidnb.world.sites.p.world_it`' in site.part_page('world')
+    assert '### `reidnb.core.p`' in site.api_page() and '`reidnb.world.p.world_it`' in site.part_page('world')
 
 
 def test_new_folders_and_pages_need_no_list(book):

@@ -32,8 +32,6 @@ ABOUT = {'core': ('Core', 'What every room uses: files, checkpoints, processes, 
          'world': ('World', 'A world without real people: bodies, clothes, places, cameras, walks, and the sites they make.'),
          'networks': ('Networks', 'From an image to a vector: backbones, norms, attention, parts, memories, teachers.'),
          'losses': ('Losses', 'What shapes the vectors, one family a page.'),
-         'features': ('Features', 'From an image to a vector: networks, norms, parts, memories, and the losses that shape them.'),
-         'labels': ('Labels', 'From vectors to identities nobody gave: neighbours and clusters.'),
          'ranking': ('Ranking', 'From vectors to an ordered gallery: scores, re-ranking, time, matching.'),
          'viz': ('Pictures', 'What a ranking got right and wrong, and where a network looks.'),
          'training': ('Training', 'One loop for every method: what it promises, how it resumes, what it writes down.'),
@@ -72,7 +70,7 @@ class Page:
     cells: list
     title: str = ''
     subtitle: str = ''
-    module: str = ''                                      # `reidnb.data.crops`
+    module: str = ''                                      # `reidnb.crops`
     headings: dict = field(default_factory=dict)          # what an anchor says -> its slug
     sections: dict = field(default_factory=dict)          # exported name -> slug of the section that defines it
     shown: set = field(default_factory=set)               # names whose code stands open on the page, `Crops.labels` for a method
@@ -148,6 +146,16 @@ def only_imports(text: str) -> bool:
     return bool(body(text)) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body(text))
 
 
+def merged(outputs: list) -> list:
+    """A copy of outputs in which what was printed in one go is one output"""
+    out = []
+    for o in json.loads(json.dumps(outputs)):
+        if o['output_type'] == 'stream': o['text'] = ''.join(o['text'])
+        if out and o['output_type'] == 'stream' and o.get('name') == out[-1].get('name'): out[-1]['text'] += o['text']
+        else: out.append(o)
+    return out
+
+
 class Site:
     """All pages, the names they define, and the links between them"""
     def __init__(self, root: Path = ROOT):
@@ -217,7 +225,7 @@ class Site:
             if flag in marks: tags.append(flag)
         if marks.get('eval') == 'false': tags.append('shown')
         text = '\n'.join(s for s in text.splitlines() if not re.match(r'.*#\|\s*hide_line\s*$', s))
-        outputs = json.loads(json.dumps(cell.get('outputs', [])))
+        outputs = merged(cell.get('outputs', []))
         printed = ''.join(''.join(o.get('text', '')) for o in outputs).splitlines()
         if len(printed) <= 3 and any(len(s) > 110 for s in printed): tags.append('wraps')         # a sentence, not a table
         for o in outputs:
@@ -302,7 +310,7 @@ class Site:
             for e in (x for f in found for x in (f, *f.members)):
                 full = f'{module}.{e.name}'
                 out[full] = out[full.removeprefix(f'{self.lib}.')] = ['obj', full]
-                wing = module.rpartition('.')[0]                        # which hands on names of its modules: `reidnb.world.sites.make_site`
+                wing = module.rpartition('.')[0]                        # which hands on names of its modules: `reidnb.world.make_site`
                 for name in {e.name, f'{wing}.{e.name}', f'{wing}.{e.name}'.removeprefix(f'{self.lib}.')}: short.setdefault(name, set()).add(full)
         return {name: ['obj', *full] for name, full in short.items() if len(full) == 1} | out
 
