@@ -96,13 +96,13 @@ class Baseline(Method):
 
     def epoch(self,
         n:int, # Epoch, from 0
-    ):
+    ): # The batches of this epoch
         "Batches of the labelled crops"
         return self.batches(self.data, n)
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Test feature of unit L2 norm, float32 `(B,D)`
         "Backbone, pooling and BN-neck"
         return self.encoder.embed(images)
 

@@ -148,13 +148,13 @@ class ICE(Method):
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Test feature of unit L2 norm, float32 `(B,D)`
         "Test feature of the momentum encoder"
         return self.momentum.net.embed(images)
 
     def after_step(self,
         batch:Batch, # The batch that was stepped on
-    )->None:
+    )->None: # Nothing
         "Move the momentum encoder towards the online one"
         self.momentum.update(self.encoder)
 

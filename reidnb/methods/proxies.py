@@ -89,13 +89,13 @@ class SpCL(Method):
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Test feature of unit L2 norm, float32 `(B,D)`
         "Backbone, pooling and BN-neck"
         return self.encoder.embed(images)
 
     def loss(self,
-        batch:Batch, # The batch
-    )->dict:
+        batch:Batch, # Crops and their rows
+    )->dict: # The scalar `hybrid`
         "Contrast a batch with clusters and single crops of the memory"
         s, f = self.settings, F.normalize(self.encoder(batch.images)[1].float(), dim=1)
         self.seen = f.detach()
@@ -104,7 +104,7 @@ class SpCL(Method):
 
     def after_step(self,
         batch:Batch, # The batch that was stepped on
-    )->None:
+    )->None: # Nothing
         "Move the rows of the batch in the memory towards its features"
         self.memory.update(batch.index, self.seen, self.settings.momentum)
 
@@ -187,13 +187,13 @@ class CAP(Method):
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Test feature of unit L2 norm, float32 `(B,D)`
         "Backbone, pooling and BN-neck"
         return self.encoder.embed(images)
 
     def loss(self,
-        batch:Batch, # The batch
-    )->dict:
+        batch:Batch, # Crops and their rows
+    )->dict: # The scalar `intra` and, from the epoch `inter_from` on, `inter`
         "Contrast a batch with the proxies of its own cameras, then of all"
         s, m = self.settings, self.memory
         f = F.normalize(self.encoder(batch.images)[1].float(), dim=1)
@@ -207,7 +207,7 @@ class CAP(Method):
 
     def after_step(self,
         batch:Batch, # The batch that was stepped on
-    )->None:
+    )->None: # Nothing
         "Move the proxies of the batch towards its features"
         y, cams = self.labels[batch.index], self.cams[batch.index]
         self.memory.update(self.seen, y, cams, self.settings.momentum)

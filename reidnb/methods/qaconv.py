@@ -88,7 +88,7 @@ class MapEncoder(nn.Module):
 
     def forward(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Maps of unit length at every location, `(B,d,h,w)`
         "Backbone, neck and normalisation"
         x = images if self.normalise else images*self.std+self.mean   # loaders subtract the mean
         maps = unit_maps(self.neck(self.backbone(x)))
@@ -159,13 +159,13 @@ class QAConvMethod(Method):
 
     def epoch(self,
         n:int, # Epoch, from 0
-    ):
+    ): # The batches of this epoch
         "Batches of the labelled crops"
         return self.batches(self.data, n)
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Maps in a row each, `(B,d*h*w)`
         "Maps, flattened: what a gallery stores"
         return self.encoder(images).flatten(1)
 
@@ -295,8 +295,8 @@ class MatchView:
         self.update()
 
     def update(self,
-        change=None, # What the widget says has changed; None: draw anew
-    )->None:
+        change=None, # What a control tells its observers; not read
+    )->None: # Nothing
         "Draw again, with the values the controls have now"
         image, self.text.value = self.draw(**{k: c.value for k,c in self.controls.items()})
         image.convert('RGB').save(file := io.BytesIO(), 'JPEG', quality=75)

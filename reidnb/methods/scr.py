@@ -92,9 +92,8 @@ class TrackletPK(PKSampler):
         self.track = np.unique(key, axis=1, return_inverse=True)[1].reshape(-1)
 
     def plan(self,
-        rng:np.random.Generator, # Generator of the epoch, `numpy.random.Generator`
-    )->list:
-        "Draw the frames of each walk, then batches as `PKSampler` does"
+        rng:np.random.Generator, # Source of the draws of an epoch
+    )->list: # Rows of each batch, over all processes
         "Draw frames of every tracklet anew, then plan as `PKSampler` does"
         self.rows = [self._draw(rng.permutation(r)) for r in self.all]
         return super().plan(rng)
@@ -141,20 +140,20 @@ class SCR(Method):
 
     def epoch(self,
         n:int, # Epoch, from 0
-    ):
+    ): # The batches of this epoch
         "Batches of the labelled crops"
         return self.batches(self.data, n)
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Vectors of all heads in a row, float32 `(B,D)`
         "Test feature of all heads"
         return self.network.embed(images)
 
     def distance(self,
         query:Tensor, # Query features, `(Q,D)`
         gallery:Tensor, # Gallery features, `(G,D)`
-    )->Tensor:
+    )->Tensor: # Euclidean distances, or cosine distances in `[0,2]`, `(Q,G)`
         "Distance of the settings"
         if self.settings.metric=='euclidean': return pairwise_distance(query, gallery)
         return super().distance(query, gallery)
@@ -233,7 +232,7 @@ class Projection(nn.Module):
 
     def forward(self,
         f:Tensor, # Features, `(N,D)`
-    )->Tensor:
+    )->Tensor: # Coordinates on the axes, float32 `(N,d)`
         "Subtract the mean, then project"
         return (f.float()-self.mean)@self.axes.T
 
@@ -268,13 +267,13 @@ class Projected(nn.Module):
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`
-    )->Tensor:
+    )->Tensor: # Projected test feature of unit L2 norm, float32 `(B,d)`
         "Test feature of the method, projected"
         return F.normalize(self.projection(self.method.embed(images)), dim=1)
 
     def distance(self,
-        query:Tensor, # Query features, `(Q,D)`
-        gallery:Tensor, # Gallery features, `(G,D)`
-    )->Tensor:
+        query:Tensor, # Projected query features, `(Q,d)`
+        gallery:Tensor, # Projected gallery features, `(G,d)`
+    )->Tensor: # Cosine distances in `[0,2]`, `(Q,G)`
         "Cosine distance, whatever the method uses"
         return cosine_distance(query, gallery)
