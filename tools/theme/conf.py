@@ -8,7 +8,7 @@ from sphinx import addnodes
 
 extensions = ['myst_nb', 'sphinx_copybutton']
 nb_execution_mode = 'off'
-nb_merge_streams = True
+nb_merge_streams = False
 nb_render_markdown_format = 'myst'
 nb_mime_priority_overrides = [('html', 'text/markdown', 5)]
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'attrs_block', 'deflist']
