@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
@@ -103,9 +103,8 @@ def _with_recipes(
     "Load the methods and give `train` their settings as options"
     from reidnb.methods.registry import RECIPES
     kinds = Union[tuple(_recipe_command(name) for name in RECIPES)]
-    made = make_dataclass('Train', [('recipe', kinds)], bases=(train,), kw_only=True)
-    made.__doc__ = train.__doc__
-    return made
+    train.__annotations__['recipe'] = train.__dataclass_fields__['recipe'].type = kinds
+    return train
 
 # %% ../../nbs/practice/40_cli.ipynb #03aa864a
 @dataclass(kw_only=True)
