@@ -48,6 +48,12 @@ def test_unknown_recipe_lists_those_there_are(tmp_path):
     assert r.returncode == 2 and 'baseline-small' in r.stderr + r.stdout
 
 
+def test_help_tells_what_each_option_means(tmp_path):
+    r = run('train', 'baseline-small', '--help', cwd=tmp_path)
+    text = ' '.join(r.stdout.replace('│', ' ').split())
+    for words in ('`world:SITE`, a dataset', 'by default `runs/RECIPE-DATA`', 'Label smoothing'): assert words in text, words
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     args = [*RUN, *SMALL, '--epochs', '4000', '--decay', 'none', '--out', str(tmp_path / 'run'), '--no-report']
     p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,

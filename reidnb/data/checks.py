@@ -258,7 +258,7 @@ def validate(
     out += _check_files(parts, sizes, read_images) + _check_copies(parts, sizes) + _check_times(parts)
     return sorted(out, key=lambda f: f.level!='error')
 
-ReIDData.validate = validate   # the same as a method of the data
+if 'validate' not in vars(ReIDData): ReIDData.validate = validate   # the same as a method of the data
 
 # %% ../../nbs/data/30_checks.ipynb #39f0a77e
 def check(
