@@ -22,10 +22,11 @@ def _face(
 
 
 __getattr__, __dir__, __all__ = _face('reidnb', {
-    'data.crops': 'Crops ReIDData', 'data.folders': 'from_folder from_csv make_data', 'datasets.catalogue': 'load',
+    'data.crops': 'Crops ReIDData', 'data.folders': 'from_folder from_csv make_data', 'datasets.catalogue': 'load register_dataset',
     'world.sites': 'make_site', 'networks.extraction': 'extract', 'ranking.evaluation': 'evaluate',
-    'training.method': 'Method Settings', 'training.models': 'load_model save_model', 'training.scoring': 'score',
-    'training.loop': 'fit', 'methods.registry': 'recipe', 'practice.opening': 'open_data',
-    'practice.gallery': 'Gallery build_gallery', 'practice.experiments': 'run_experiment'},
+    'training.settings': 'Settings EncoderSettings', 'training.method': 'Method',
+    'training.models': 'load_model save_model', 'training.scoring': 'rank score',
+    'training.loop': 'fit', 'methods.registry': 'recipe register_method', 'practice.opening': 'open_data',
+    'practice.gallery': 'Gallery', 'practice.experiments': 'run_experiment'},
     rooms=('core', 'neighbours', 'data', 'datasets', 'world', 'networks', 'losses', 'ranking', 'viz', 'training',
            'generators', 'methods', 'practice'))

@@ -19,7 +19,7 @@ from reidnb.training.loop import fit
 torch.set_num_threads(1)
 SMALL = dict(backbone='small', weights='none', height=64, width=32, p=4, k=2, k1=10, k2=3, iterations=4, warmup=1,
              lr=1e-3, steps=())
-METHODS = {'ice': (ICE, ICESettings, dict(alpha=.9, eps=.5)), 'cap': (CAP, CAPSettings, dict(inter_from=1)),
+METHODS = {'ice': (ICE, ICESettings, dict(keep=.9, eps=.5)), 'cap': (CAP, CAPSettings, dict(inter_from=1)),
            'spcl': (SpCL, SpCLSettings, dict(eps=.5))}
 
 
@@ -28,8 +28,8 @@ def build(name, epochs, kill_at=0, **changes):
     class Killed(cls):
         "Dies by signal 9 in the middle of an epoch, as a power cut would"
         done = 0
-        def after_step(self, batch):
-            super().after_step(batch)
+        def after_batch(self, batch):
+            super().after_batch(batch)
             self.done += 1
             if self.done == kill_at: os.kill(os.getpid(), signal.SIGKILL)
     s = settings(**{**SMALL, **differ, 'epochs': epochs, **changes})

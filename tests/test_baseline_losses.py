@@ -94,11 +94,11 @@ def test_terms_are_their_equations(neck):
 
 
 def test_class_memory_meets_the_step_before():
-    "The first batch costs 0; the next one meets the rows that `after_step` wrote, and no unseen person"
+    "The first batch costs 0; the next one meets the rows that `after_batch` wrote, and no unseen person"
     m = build('class_memory', neck='none').train()
     one, two = list(m.epoch(0))[:2]
     assert m(one)['class_memory'].item() == 0 and not m.memory.memory.seen.any()
-    m.after_step(one)
+    m.after_batch(one)
     f, y = m.newest
     assert sorted(set(y.tolist())) == m.memory.memory.seen.nonzero()[:, 0].tolist()
     for c in set(y.tolist()): assert torch.equal(m.memory.memory.maps[c], f[y == c][-1])
@@ -143,10 +143,10 @@ def test_sampler_classifier_and_neck_of_each_loss():
 @pytest.mark.parametrize('loss, new', [('softmax', 1), ('center', 2), ('class_memory', 2), ('triplet', 0)])
 def test_new_layers_have_their_rate(loss, new):
     "Every parameter in one group, and only those of the backbone at the plain rate; `new`: tensors that are not its"
-    m = build(loss, new_lr=10., neck='bn' if loss == 'softmax' else 'none')
+    m = build(loss, backbone_lr=.1, neck='bn' if loss == 'softmax' else 'none')
     groups = m.optimizer().param_groups
     plain, other = (([*groups[0]['params']], [*groups[1]['params']]) if len(groups) == 2 else (groups[0]['params'], []))
-    if other: assert groups[1]['lr_scale'] == 10 and groups[1]['weight_decay'] == groups[0]['weight_decay']
+    if other: assert (groups[0]['lr_scale'], groups[1]['lr_scale']) == (.1, 1) and groups[1]['weight_decay'] == groups[0]['weight_decay']
     assert [id(p) for p in plain] == [id(p) for p in m.encoder.backbone.parameters()]
     assert len(other) == new + (loss == 'softmax')   # and the scale of the neck
     wanted = {id(p) for p in m.parameters() if p.requires_grad}
@@ -175,8 +175,8 @@ def test_loss_falls(loss, tmp_path):
 class Stopped(Baseline):
     "Raises in the middle of an epoch"
     left = 10**9
-    def after_step(self, batch):
-        super().after_step(batch)
+    def after_batch(self, batch):
+        super().after_batch(batch)
         self.left -= 1
         if not self.left: raise KeyboardInterrupt
 
@@ -238,7 +238,7 @@ def test_model_file_is_for_use(loss, tmp_path):
     "No classifier, centres or memory in the file; the checkpoint has them; the features are the method's"
     m = build(loss, neck='none' if loss == 'class_memory' else 'bn')
     m.train()(batch := first(m))
-    m.after_step(batch)
+    m.after_batch(batch)
     m.eval()
     path = save_model(m, tmp_path / 'm.safetensors')
     keys = safetensors.torch.load_file(path).keys()
@@ -256,7 +256,7 @@ def test_old_model_files_load(tmp_path):
     m = build('softmax+triplet', neck='bn').eval()
     path = save_model(m, tmp_path / 'new.safetensors')
     with safetensors.safe_open(path, 'pt') as f: meta = f.metadata()
-    new = {'neck', 'loss', 'arc_margin', 'arc_scale', 'center_weight', 'center_rate', 'center_unit', 'focal_gamma', 'new_lr'}
+    new = {'neck', 'loss', 'arc_margin', 'arc_scale', 'center_weight', 'center_rate', 'center_unit', 'focal_gamma', 'backbone_lr'}
     meta['settings'] = json.dumps({k: v for k, v in asdict(m.settings).items() if k not in new})
     safetensors.torch.save_file({k: v.contiguous() for k, v in m.state_dict().items()}, tmp_path / 'old.safetensors', meta)
     old = load_model(tmp_path / 'old.safetensors')

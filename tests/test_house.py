@@ -61,7 +61,7 @@ def undocumented(fn, lines):
 
 
 # Python, torch and the contract of a method say once what these do: no docstring is asked for, docments are
-INHERITED = {'__init__', 'forward', 'extra_repr', 'epoch', 'loss', 'embed', 'distance', 'after_step', 'before_load', 'train'}
+INHERITED = {'__init__', 'forward', 'extra_repr', 'epoch', 'loss', 'embed', 'distance', 'after_batch', 'after_step', 'before_load', 'check', 'train'}
 
 
 def methods(node):

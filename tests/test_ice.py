@@ -22,13 +22,13 @@ from reidnb.methods.proxies import CAP, CAPSettings, SpCL, SpCLSettings
 from reidnb.core.checkpoints import load_checkpoint
 from reidnb.core.checkpoints import seed_everything
 from reidnb.training.loop import fit
-from reidnb.training.method import schedule
+from reidnb.training.settings import schedule
 from reidnb.training.models import load_model, save_model
 from reidnb.data.transforms import Views, method_transform
 
 CHILD = Path(ice_child.__file__)
 CLOCK = 'seconds', 'share'
-SMALL = ice_child.SMALL | dict(alpha=.9, eps=.5, epochs=2)
+SMALL = ice_child.SMALL | dict(keep=.9, eps=.5, epochs=2)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_one_iteration_is_the_literal_transcription():
     assert all(p.grad is None for p in method.momentum.parameters())
     old = {k: v.clone() for k, v in method.momentum.net.named_parameters()}
     torch.optim.SGD([p for p in method.parameters() if p.requires_grad], .1).step()
-    method.after_step(batch)
+    method.after_step()
     for k, v in method.momentum.net.named_parameters():
         new = dict(method.encoder.named_parameters())[k]
         assert torch.allclose(v, .9 * old[k] + .1 * new, atol=1e-6), k
@@ -185,7 +185,7 @@ def test_recipe_of_the_paper():
     "METHODS 9.4"
     s = ICESettings()
     want = dict(height=256, width=128, p=8, k=4, optimizer='adam', weight_decay=5e-4, lr=3.5e-4, warmup=10, decay='none',
-                epochs=40, iterations=400, alpha=.999, k1=30, k2=6, eps=.55, min_samples=4, tau_a=.5, tau_c=.07, tau_h=.1,
+                epochs=40, iterations=400, keep=.999, k1=30, k2=6, eps=.55, min_samples=4, tau_a=.5, tau_c=.07, tau_h=.1,
                 tau_s=.4, hard=1., soft=10., cross=.5, cross_from=0, negatives=50, smoothing=.1, pad=10, blur=.5,
                 blur_radius=2., erase=.6, own_camera=True, joint=True, sum_over_cameras=True, consistency='kl_qp',
                 statistics='own', unused_forwards=False, hard_negatives='all', target='plain', select='last', unit=False)
@@ -416,7 +416,7 @@ def test_the_model_file_holds_the_momentum_encoder_alone(tmp_path):
     batch = next(iter(method.epoch(0)))
     sum(method.train()(batch).values()).backward()
     torch.optim.SGD([p for p in method.parameters() if p.requires_grad], .1).step()
-    method.after_step(batch)
+    method.after_step()
     path = save_model(method, tmp_path / 'm.safetensors')
     names = safetensors.torch.load_file(path).keys()
     assert names and all(k.startswith('momentum.') for k in names)
@@ -462,7 +462,7 @@ def test_spcl_memory_and_outliers():
     terms = method.train()(batch)
     assert 0 < float(terms['hybrid'].detach()) < 20
     assert torch.equal(rows, method.memory.rows), 'the memory changes after the step'
-    method.after_step(batch)
+    method.after_step()
     moved = (rows != method.memory.rows).any(1)
     assert set(moved.nonzero()[:, 0].tolist()) == set(batch.index.tolist())
     assert torch.allclose(method.memory.rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
@@ -491,7 +491,7 @@ def test_cap_terms_and_updates():
     batch = next(iter(method.epoch(1)))
     assert method.train()(batch).keys() == {'intra', 'inter'}
     before = method.memory.proxies.clone()
-    method.after_step(batch)
+    method.after_step()
     touched = method.memory.index(method.labels[batch.index], method.cams[batch.index]).unique()
     moved = (before != method.memory.proxies).any(1).nonzero()[:, 0]
     assert set(moved.tolist()) == set(touched.tolist())

@@ -241,8 +241,8 @@ def test_tracklet_features_do_not_depend_on_row_order(keys, groups, how, seed):
     images = np.zeros((n, 2, 2, 3), np.uint8)
     crops = Crops(images, pids, cams, rng.permutation(n), tracks)
     f, p = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed)), rng.permutation(n)
-    one = T.tracklet_features(f, crops, T=5, groups=groups, how=how, seed=seed)
-    two = T.tracklet_features(f[p], crops[p], T=5, groups=groups, how=how, seed=seed)
+    one = T.tracklet_features(f, crops, frames=5, pooling=groups, sampling=how, seed=seed)
+    two = T.tracklet_features(f[p], crops[p], frames=5, pooling=groups, sampling=how, seed=seed)
     assert one[0].equal(two[0]) and (one[1] == two[1]).all() and (one[2] == two[2]).all()
     assert one[0].shape == (len(set(keys)), 4*groups)
     assert list(zip(one[1], one[2])) == [k[:2] for k in sorted(set(keys))]

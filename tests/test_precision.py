@@ -174,8 +174,8 @@ def test_every_argument_of_a_convolution_passes(amx):
 
 def test_a_broken_variance_is_never_saved(tmp_path):
     class Broken(Baseline):
-        def after_step(self, batch):
-            super().after_step(batch)
+        def after_batch(self, batch):
+            super().after_batch(batch)
             next(b for k, b in self.named_buffers() if k.endswith('running_var'))[0] = float('inf')
     m = Broken(toy(precision='no').settings, toy_crops(n_ids=8, n_cams=2, n_each=2))
     with pytest.raises(NonFiniteLoss, match='running_var'): fit(m, tmp_path, progress=False)

@@ -31,7 +31,7 @@ from reidnb.data.video import tracklets
 from reidnb.networks.frames import sample_frames
 from reidnb.data.video import by_tracklet, tracklet_data, tracklet_table
 from reidnb.datasets.videos import write_mars
-from reidnb.training.scoring import compare_pooling, embed_tracklets, post_tracklets, score_tracklets
+from reidnb.training.scoring import compare_pooling, embed_tracklets, rank, score
 from reidnb.core.checkpoints import seed_everything
 from reidnb.training.loop import fit
 from reidnb.training.models import load_model, save_model
@@ -169,7 +169,7 @@ def test_epoch_is_one_pass_over_people():
 
 def test_optimiser_and_schedule_of_the_recipe():
     s = SCRSettings()
-    from reidnb.training.method import schedule
+    from reidnb.training.settings import schedule
     assert [s.lr * schedule(e, s) for e in (0, 299, 300, 399, 400, 499)] == pytest.approx([2e-4] * 2 + [2e-5] * 2 + [2e-6] * 2)
     o = build(backbone_lr=.1).optimizer()
     assert isinstance(o, torch.optim.Adam) and all(g['amsgrad'] and g['weight_decay'] == 5e-4 for g in o.param_groups)
@@ -285,19 +285,19 @@ def test_tracklet_scores_against_loops(walks, how, groups):
         rows.append(torch.cat(parts))
     want = torch.stack(rows)
     for chunk in (2, 1000):
-        got, pids, cams = embed_tracklets(method, crops, T=7, how=how, groups=groups, seed=4, chunk=chunk)
+        got, pids, cams = embed_tracklets(method, crops, frames=7, sampling=how, pooling=groups, seed=4, chunk=chunk)
         assert torch.allclose(got, want, atol=1e-5) and (pids == t.pids).all() and (cams == t.cams).all()
     data = replace(walks, query=crops)
-    m = score_tracklets(method, data, T=7, how=how, groups=groups, seed=4)
+    m = score(method, data, per='tracklet', frames=7, sampling=how, pooling=groups, seed=4)
     assert m.mAP == pytest.approx(evaluate(cosine_distance(want, want), t.pids, t.pids, t.cams, t.cams).mAP, abs=1e-6)
 
 
 def test_four_rows_of_table_3_5(walks):
     method, data = build(), replace(walks, query=walks.gallery)
-    rows = compare_pooling(method, data, T=7, seeds=(0, 4))
+    rows = compare_pooling(method, data, frames=7, seeds=(0, 4))
     assert {k: len(v) for k, v in rows.items()} == {'TP(R)': 2, 'TPP(R)': 2, 'TP(E)': 1, 'TPP(E)': 1}
     for (name, how), groups in zip([('TP', 'random'), ('TPP', 'random'), ('TP', 'even'), ('TPP', 'even')], (1, 3, 1, 3)):
-        one = score_tracklets(method, data, T=7, how=how, groups=groups, seed=4 if how == 'random' else 0)
+        one = score(method, data, per='tracklet', frames=7, sampling=how, pooling=groups, seed=4 if how == 'random' else 0)
         assert rows[f'{name}({how[0].upper()})'][-1].mAP == pytest.approx(one.mAP, abs=1e-6)
 
 
@@ -323,8 +323,8 @@ def test_from_a_mars_tree_to_metrics(walks, tmp_path):
     read = load('mars', root=tmp_path)
     assert read.train.n_ids == 6 and len(tracklets(read.query)) == 6 and len(tracklets(read.gallery)) == 12
     method = build()
-    for k in (dict(), dict(groups=3), dict(how='random', groups=3)):
-        a, b = (score_tracklets(method, d, T=6, **k) for d in (read, tracklet_data(data, 'person')))
+    for k in (dict(), dict(pooling='tpp'), dict(sampling='random', pooling='tpp')):
+        a, b = (score(method, d, per='tracklet', frames=6, **k) for d in (read, tracklet_data(data, 'person')))
         assert a.mAP == pytest.approx(b.mAP, abs=1e-6) and a.n_valid == b.n_valid == 6
     with pytest.raises(ValueError, match='not an empty folder'): write_mars(data, root)
     method = build(read.train, frames=2)
@@ -334,17 +334,19 @@ def test_from_a_mars_tree_to_metrics(walks, tmp_path):
 def test_walks_re_ranked(walks):
     "Against `rerank_distances` on pooled features; one row a tracklet, its middle frame"
     method, data = build(), replace(walks, query=walks.gallery)
-    k = dict(T=7, groups=3)
-    found = post_tracklets(method, data, ('none', 'rr'), options=dict(reranking=dict(k1=4, k2=2)), seconds=(s := {}), **k)
+    k = dict(frames=7, pooling='tpp')
+    made = rank(method, data, ('none', 'rr'), 'tracklet', options=dict(reranking=dict(k1=4, k2=2)), **k)
+    found = made.metrics
     x, pids, cams = embed_tracklets(method, data.gallery, **k)
     d = method.distance(x, x)
     want = evaluate(rerank_distances(d, d, d, k1=4, k2=2), pids, pids, cams, cams)
     assert found['rr'].mAP == pytest.approx(want.mAP, abs=1e-6)
-    assert found['none'].mAP == pytest.approx(score_tracklets(method, data, **k).mAP, abs=1e-6)
-    assert {'features', 'distance', 'rr'} <= set(s)
+    assert found['none'].mAP == pytest.approx(score(method, data, per='tracklet', **k).mAP, abs=1e-6)
+    assert {'query features', 'gallery features', 'distance', 'rr', 'score'} <= set(made.seconds)
     t, table = tracklets(data.gallery), tracklet_table(data.gallery)
     assert (table.pids == t.pids).all() and (table.cams == t.cams).all() and table.images[4] == data.gallery.images[t[4][2]]
-    with pytest.raises(ValueError, match="'x'"): post_tracklets(method, data, ('x',))
+    assert (made.query.pids == table.pids).all() and len(made.dist) == len(table)
+    with pytest.raises(ValueError, match="'x'"): rank(method, data, 'x')
 
 
 def test_a_mars_folder_trains_and_is_scored_by_tracklet(tmp_path):
@@ -362,12 +364,12 @@ def test_a_mars_folder_trains_and_is_scored_by_tracklet(tmp_path):
     assert len(images) == 2 and max(images) <= len(tracklets(data.train)) + 4 < len(data.train)
     method = load_model(tmp_path / 'run')
     for how in ('even', 'random'):
-        for groups in (1, 3):
-            k = dict(T=5, how=how, groups=groups)
-            a, b = score_tracklets(method, data, **k), score_tracklets(run.method, data, **k)
+        for pooling in ('tp', 'tpp'):
+            k = dict(frames=5, sampling=how, pooling=pooling)
+            a, b = score(method, data, **k), score(run.method, data, **k)   # walks, seen by themselves
             assert a.mAP == b.mAP and a.n_valid == 4 and a.n_gallery == len(tracklets(data.gallery))
-    assert embed_tracklets(method, data.query, T=5, groups=3)[0].shape == (4, 3 * method.network.dim)
-    assert post_tracklets(method, data, ('rr',), T=5)['rr'].n_valid == 4
+    assert embed_tracklets(method, data.query, frames=5, pooling='tpp')[0].shape == (4, 3 * method.network.dim)
+    assert rank(method, data, 'rr', frames=5).scores.n_valid == 4
 
 
 @pytest.mark.parametrize('name', ['mars', 'dukemtmc-videoreid', 'ilids-vid', 'ls-vid'])
@@ -384,7 +386,7 @@ def test_from_the_trees_of_the_loaders_to_metrics(name, tmp_path):
         data = load(name, root=tmp_path)
         method = build(data.train, frames=1, p=2, k=2)
         assert math.isfinite(float(sum(method(next(iter(method.epoch(0)))).values()).detach()))
-        rows = compare_pooling(method, data, T=5, seeds=(0,))
+        rows = compare_pooling(method, data, frames=5, seeds=(0,))
     assert all(0 <= m.mAP <= 1 and m.n_valid > 0 for v in rows.values() for m in v)
 
 
@@ -442,7 +444,7 @@ def test_projected_method_scores(walks):
 class Killed(SCR):
     "Dies by signal 9 in the middle of an epoch, as a power cut would"
     kill_at = 0
-    def after_step(self, batch):
+    def after_batch(self, batch):
         self.done = getattr(self, 'done', 0) + 1
         if self.done == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
 

@@ -11,7 +11,11 @@ from torch import nn
 from reidnb.data.crops import Crops
 from reidnb.data.toys import toy_crops
 from reidnb.neighbours.nearest import nearest
-from reidnb.practice.gallery import build_gallery, compare_images, load_gallery
+from reidnb.data.crops import ReIDData
+from reidnb.methods.registry import recipe
+from reidnb.practice.gallery import Gallery, compare_images
+from reidnb.training.models import load_model
+from reidnb.training.scoring import rank
 
 
 class Mean(nn.Module):
@@ -101,7 +105,7 @@ def test_a_distance_that_is_not_a_number_is_named():
 
 def test_unlabelled_crops_without_cameras(tmp_path):
     for i in range(6): toy_crops().image(i).save(tmp_path/f'{i}.png')
-    g = build_gallery(Mean(), Crops(sorted(tmp_path.glob('*.png'))), height=32, width=16)
+    g = Gallery.build(Mean(), Crops(sorted(tmp_path.glob('*.png'))), height=32, width=16)
     hits = g.search(tmp_path/'3.png', k=3)
     assert hits[0][0].file == '3.png' and hits[0][0].distance < 1e-6
     head = str(hits).splitlines()[1]
@@ -114,10 +118,10 @@ def test_unlabelled_crops_without_cameras(tmp_path):
 
 def test_same_image_by_bytes_path_and_pixels():
     crops = toy_crops()
-    g = build_gallery(Mean(), crops, height=32, width=16)
+    g = Gallery.build(Mean(), crops, height=32, width=16)
     assert 5 not in g.search(crops.images[5], k=16, exclude_same='image').rows
     pixels = Crops(np.stack([np.asarray(crops.image(i)) for i in range(8)]))
-    g = build_gallery(Mean(), pixels, height=32, width=16)
+    g = Gallery.build(Mean(), pixels, height=32, width=16)
     assert 5 not in g.search(np.asarray(crops.image(5))[None], k=8, exclude_same='image').rows
 
 
@@ -126,8 +130,8 @@ def test_gallery_file_keeps_everything(tmp_path):
     for n, im in zip(names, toy_crops().images): (tmp_path/n).write_bytes(im)
     crops = Crops([tmp_path/n for n in names], [1, 0, -1, -2], [0, 1, -1, 2], [1.5, np.nan, 2, 3], [3, -1, 0, 0],
                   {'raw_cam': np.array(['door', 'yard', '', 'hall']), 'frame': np.arange(4)}, 'mine', ['one note'])
-    g = build_gallery(Mean(), crops, height=32, width=16)
-    back = load_gallery(g.save(tmp_path/'new folder'/'g.safetensors'), Mean())
+    g = Gallery.build(Mean(), crops, height=32, width=16)
+    back = Gallery.load(g.save(tmp_path/'new folder'/'g.safetensors'), Mean())
     for k in ('pids', 'cams', 'times', 'tracks'): np.testing.assert_array_equal(getattr(back.crops, k), getattr(crops, k))
     assert (back.crops.name, back.crops.notes, back.height, back.width) == ('mine', ['one note'], 32, 16)
     assert [back.crops.file_name(i) for i in range(4)] == names
@@ -137,7 +141,7 @@ def test_gallery_file_keeps_everything(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_gallery(tmp_path, monkeypatch):
-    g = build_gallery(Mean(), toy_crops(), height=32, width=16)
+    g = Gallery.build(Mean(), toy_crops(), height=32, width=16)
     f = g.save(tmp_path/'g.safetensors'); old = f.read_bytes()
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
@@ -148,12 +152,12 @@ def test_a_full_disk_leaves_the_old_gallery(tmp_path, monkeypatch):
 @pytest.mark.parametrize('content', [b'', b'not a gallery', b'\xff'*64])
 def test_a_foreign_file_is_refused(tmp_path, content):
     (tmp_path/'x').write_bytes(content)
-    with pytest.raises(ValueError, match='not a whole gallery file'): load_gallery(tmp_path/'x')
+    with pytest.raises(ValueError, match='not a whole gallery file'): Gallery.load(tmp_path/'x')
 
 
 def test_no_hit_is_said():
     crops = toy_crops(n_ids=2, n_cams=1)
-    g = build_gallery(Mean(), crops, height=32, width=16)
+    g = Gallery.build(Mean(), crops, height=32, width=16)
     hits = g.search(crops[[0]], exclude_same='camera')
     assert hits[0] == [] and 'no hit' in str(hits)
 
@@ -165,3 +169,27 @@ def test_compare_is_symmetric_and_zero_on_itself():
     assert compare_images(m, a, a, **size) < 1e-6
     assert abs(compare_images(m, a, b, **size)-compare_images(m, b, a, **size)) < 1e-6
     with pytest.raises(FileNotFoundError, match='gone.jpg'): compare_images(m, a, 'gone.jpg', **size)
+
+
+def test_a_model_is_asked_for_its_size():
+    "Case C24 (two sizes for one question): without a word about sizes, images are read as the model was trained"
+    model, crops = load_model('small'), toy_crops(4, 2, 2)
+    a, b = crops.image(0), crops.image(9)
+    right = compare_images(model, a, b)
+    assert right == pytest.approx(compare_images(model, a, b, height=model.settings.height, width=model.settings.width), abs=1e-6)
+    assert right == pytest.approx(rank(model, ReIDData(query=crops[[0]], gallery=crops)).dist[0, 9], abs=1e-5)
+    with pytest.warns(UserWarning, match='trained at 128x64 and reads 256x128'):
+        assert abs(compare_images(model, a, b, height=256, width=128) - right) > 1e-3
+
+
+def test_a_matcher_ranks_by_its_own_distance(tmp_path):
+    "A gallery of QAConv's maps, built, saved and loaded, ranks as the method does, not by the cosine of flattened maps"
+    torch.manual_seed(0)
+    cls, settings = recipe('qaconv-small', weights='none')
+    model, crops = cls(settings).eval(), toy_crops(6, 2, 2)
+    gallery = Gallery.build(model, crops)
+    want = model.distance(*(model.extract(c) for c in (crops[:3], crops)))
+    for g in (gallery, Gallery.load(gallery.save(tmp_path/'g.safetensors'), model)):
+        hits = g.search(crops[:3], len(crops))
+        np.testing.assert_allclose(hits.distances, want.sort(1).values, atol=1e-5)
+    with pytest.raises(ValueError, match='give its model, or `distance`'): Gallery.load(tmp_path/'g.safetensors')

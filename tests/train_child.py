@@ -24,7 +24,7 @@ class Killed(Baseline):
     def loss(self, batch):   # one draw from the global generator, which a resumed run must find where it was
         return {k: v * (1 + .1 * torch.rand(())) for k, v in super().loss(batch).items()}
 
-    def after_step(self, batch):
+    def after_batch(self, batch):
         self.done = getattr(self, 'done', 0) + 1
         if self.done == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
 

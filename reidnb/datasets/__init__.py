@@ -3,5 +3,5 @@ from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
     'specs': 'DatasetSpec',
-    'catalogue': 'DATASETS load datasets_table find_spec',
+    'catalogue': 'DATASETS load register_dataset datasets_table find_spec',
     'videos': 'write_mars'})

@@ -2,7 +2,7 @@
 from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
-    'registry': 'RECIPES recipe',
+    'registry': 'RECIPES recipe register_method',
     'baseline': 'Baseline BaselineSettings',
     'qaconv': 'QAConvMethod QAConvSettings explore_matches',
     'scr': 'SCR SCRSettings',

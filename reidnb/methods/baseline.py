@@ -7,7 +7,7 @@ __all__ = ['BaselineSettings', 'Baseline']
 
 # %% ../../nbs/methods/10_baseline.ipynb #dee3164b
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,39 +21,39 @@ from ..data.samplers import PKSampler, ShuffleSampler
 from ..data.transforms import train_transform
 from ..losses.identity import ArcFace, CenterLoss, ClassMemoryLoss
 from ..losses.metric import batch_hard_triplet
-from ..networks.backbones import Classifier, Encoder, make_backbone
-from ..training.method import Batch, Method, Settings
+from ..networks.backbones import Classifier, Encoder
+from ..training.method import Batch, Method
+from ..training.settings import Count, EncoderSettings, NotNegative, Part, Positive, Share, Whole
 
 # %% ../../nbs/methods/10_baseline.ipynb #493909fc
 _Loss = Literal['softmax', 'softmax+triplet', 'arc', 'center', 'class_memory', 'triplet']
 
 @dataclass(frozen=True)
-class BaselineSettings(Settings):
+class BaselineSettings(EncoderSettings):
     "Settings of the baseline; the defaults train ResNet-50 on a set of Market-1501's size"
-    epochs:int=120 # Epochs (Luo et al. 2019, section 4.1)
-    warmup:int=10 # Epochs of warm-up (section 3.1)
-    steps:tuple[int, ...]=(40, 70) # Epochs of decay (section 4.1)
-    backbone:str='resnet50' # Network, see `make_backbone`
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    last_stride:int=1 # Stride of the last stage (section 3.4)
-    pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
+    epochs:Count=120 # Epochs (Luo et al. 2019, section 4.1)
+    warmup:Whole=10 # Epochs of warm-up (section 3.1)
+    steps:tuple[Whole, ...]=(40, 70) # Epochs of decay (section 4.1)
     neck:Literal['bn','none']='bn' # `none`: the pooled feature serves losses and test (QAConv section 5.3)
     loss:_Loss='softmax+triplet' # What is minimised (QAConv table 1)
-    p:int=16 # People in a batch
-    k:int=4 # Images of each
-    smoothing:float=.1 # Label smoothing of the softmax, in `[0,1)` (section 3.3)
-    triplet:float=1. # Weight of the triplet loss; 0: without it, shuffled batches
-    margin:float=.3 # Margin of the triplet loss
-    arc_margin:float=.5 # Margin of `arc`, radians in `[0,pi/2]` (QAConv footnote 2: .5 and .2)
-    arc_scale:float=30. # Scale of its cosines
-    center_weight:float=5e-4 # Weight of `center`
-    center_rate:float=.5 # Rate of the centres, in `[0,1]`
+    p:Count=16 # People in a batch
+    k:Count=4 # Images of each
+    smoothing:Share=.1 # Label smoothing of the softmax (section 3.3)
+    triplet:NotNegative=1. # Weight of the triplet loss; 0: without it, shuffled batches
+    margin:NotNegative=.3 # Margin of the triplet loss
+    arc_margin:NotNegative=.5 # Margin of `arc`, radians up to pi/2 (QAConv footnote 2: .5 and .2)
+    arc_scale:Positive=30. # Scale of its cosines
+    center_weight:NotNegative=5e-4 # Weight of `center`
+    center_rate:Part=.5 # Rate of the centres
     center_unit:bool=False # Normalise the features first
-    focal_gamma:float=2. # Focusing parameter of `class_memory` (QAConv section 3.3)
-    new_lr:float=1. # Factor on the rate of all but the backbone (QAConv section 5.1: 10)
-    flip:float=.5 # Probability of a mirror image
-    pad:int=10 # Zero padding before the random crop, pixels
-    erase:float=.5 # Probability of random erasing (section 3.2)
+    focal_gamma:NotNegative=2. # Focusing parameter of `class_memory` (QAConv section 3.3)
+    flip:Part=.5 # Probability of a mirror image
+    pad:Whole=10 # Zero padding before the random crop, pixels
+    erase:Part=.5 # Probability of random erasing (section 3.2)
+
+    def check(self): # Nothing; raises where two fields do not go together
+        super().check()
+        if self.loss=='triplet' and not self.triplet: raise ValueError("loss 'triplet' of weight 0: nothing to learn")
 
 # %% ../../nbs/methods/10_baseline.ipynb #310e241e
 def _parts(s, dim, n): # What a loss keeps beside the encoder, by name
@@ -63,10 +63,6 @@ def _parts(s, dim, n): # What a loss keeps beside the encoder, by name
     parts = dict(classifier=Classifier(dim, n, bias=s.neck=='none'))
     if s.loss=='center': parts['centres'] = CenterLoss(dim, n, s.center_weight, s.center_rate, s.center_unit)
     return parts
-
-def _check_loss(s):
-    if s.loss not in get_args(_Loss): raise ValueError(f'loss {s.loss!r}: choose from {get_args(_Loss)}')
-    if s.loss=='triplet' and not s.triplet: raise ValueError("loss 'triplet' of weight 0: nothing to learn")
 
 # %% ../../nbs/methods/10_baseline.ipynb #c08a5189
 class Baseline(Method):
@@ -78,10 +74,7 @@ class Baseline(Method):
     ):
         super().__init__(settings, crops)
         s = settings
-        _check_loss(s)
-        weights = None if crops is None or s.weights=='none' else s.weights
-        backbone = make_backbone(s.backbone, weights=weights, last_stride=s.last_stride)
-        self.encoder = Encoder(backbone, pooling=s.pooling, neck=s.neck)
+        self.encoder = Encoder(self.new_backbone(), pooling=s.pooling, neck=s.neck)
         if crops is None: return
         if crops.n_ids<2: raise ValueError(f'{crops.n_ids} labelled people in {crops.name!r}: '
                                            f'the baseline learns from at least 2')
@@ -116,7 +109,7 @@ def loss(self:Baseline,
     f, neck = self.encoder(batch.images)
     if s.loss=='arc': return {'arc': self.classifier(neck, y)}
     if s.loss=='class_memory':
-        if self.training: self.newest = neck.detach(), y
+        batch.kept.update(newest=neck.detach(), labels=y)
         unused = 0*sum(p.sum() for p in self.memory.bn.parameters())   # the first batch does not use them
         return {'class_memory': self.memory(neck, y)+unused}
     terms = {}
@@ -127,21 +120,8 @@ def loss(self:Baseline,
     return terms
 
 @patch
-def after_step(self:Baseline,
-    batch:Batch, # The batch of this step
+def after_batch(self:Baseline,
+    batch:Batch, # The batch of this step, with what `loss` kept
 )->None: # Nothing
     "The class memory takes the newest feature of each person"
-    if self.settings.loss=='class_memory': self.memory.update(*self.newest)
-
-# %% ../../nbs/methods/10_baseline.ipynb #e5fe63c1
-@patch
-def optimizer(self:Baseline,
-)->torch.optim.Optimizer: # Two groups of parameters when their rates differ
-    "The optimiser of the settings, with a rate of its own for what is not pre-trained (QAConv section 5.1)"
-    opt, old = Method.optimizer(self), set(self.encoder.backbone.parameters())
-    if self.settings.new_lr==1: return opt
-    group = opt.param_groups[0]
-    new = [p for p in group['params'] if p not in old]
-    group['params'] = [p for p in group['params'] if p in old]
-    if new: opt.add_param_group(dict(params=new, lr_scale=self.settings.new_lr))
-    return opt
+    if self.settings.loss=='class_memory': self.memory.update(batch.kept['newest'], batch.kept['labels'])

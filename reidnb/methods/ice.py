@@ -25,46 +25,44 @@ from ..data.transforms import GaussianBlur, RandomErasing, Views, pipeline, test
 from ..losses.contrastive import agnostic_proxy_loss, camera_proxy_loss, hard_instance_loss
 from ..losses.distillation import consistency_loss
 from ..neighbours.clustering import Clusters, cluster_stats
-from ..networks.backbones import Encoder, make_backbone
+from ..networks.backbones import Encoder
 from ..networks.memory import CameraProxyMemory, ClusterProxyMemory
-from ..networks.norms import convert_norms
 from ..networks.teacher import EMATeacher
-from ..networks.weights import load_weights
 from reidnb.training.labelling import (ClusterSettings, PseudoLabels, labelled_epoch, pseudo_labels,
     shared_features)
 from ..training.method import Batch, Method
+from ..training.settings import Count, NotNegative, Part, Positive, Share, Whole
 
 # %% ../../nbs/methods/80_ice.ipynb #57928fa7
 @dataclass(frozen=True)
 class ICESettings(ClusterSettings):
     "Settings of ICE (thesis section 6.4.2); where paper and code differ, the code's"
-    warmup:int=10 # Epochs of warm-up
+    warmup:Whole=10 # Epochs of warm-up
     decay:Literal['steps','cosine','none']='none' # How `lr` falls
-    norm:Literal['bn','ibn-a']='bn' # Norms of the network (thesis Tab. 6.4)
     memory:Literal['auto','aware','agnostic']='auto' # Camera proxies? `auto`: if all crops have a camera
     sampler:Literal['auto','camera-first','plain']='auto' # `plain`: blind to cameras; `auto`: if agnostic
-    blur:float=.5 # Probability of blur
-    blur_radius:float=2. # Largest standard deviation of the blur, pixels of the view
-    erase:float=.6 # Probability of erasing
+    blur:Part=.5 # Probability of blur
+    blur_radius:Positive=2. # Largest standard deviation of the blur, pixels of the view
+    erase:Part=.6 # Probability of erasing
     truth:bool=False # Labels are the people, not clusters (thesis Tab. 6.7, last row)
-    alpha:float=.999 # Keep rate of the momentum encoder (thesis eq. 6.2)
+    keep:Share=.999 # Keep rate of the momentum encoder (thesis eq. 6.2)
     statistics:Literal['own','copy','ema']='own' # Batch-norm statistics of the momentum encoder
     unused_forwards:bool=False # Also the two forwards whose results the code drops
-    tau_a:float=.5 # Temperature of the agnostic loss (thesis eq. 6.5)
-    smoothing:float=.1 # Label smoothing of the agnostic loss
+    tau_a:Positive=.5 # Temperature of the agnostic loss (thesis eq. 6.5)
+    smoothing:Share=.1 # Label smoothing of the agnostic loss
     unit:bool=False # Normalise the feature in the agnostic loss
-    cross:float=.5 # Weight of the cross-camera loss (thesis eq. 6.8)
-    cross_from:int=0 # First epoch with the cross-camera loss
-    tau_c:float=.07 # Temperature of the cross-camera loss (thesis eq. 6.7)
-    negatives:int=50 # Nearest proxies of other clusters in the cross-camera loss
+    cross:NotNegative=.5 # Weight of the cross-camera loss (thesis eq. 6.8)
+    cross_from:Whole=0 # First epoch with the cross-camera loss
+    tau_c:Positive=.07 # Temperature of the cross-camera loss (thesis eq. 6.7)
+    negatives:Count=50 # Nearest proxies of other clusters in the cross-camera loss
     own_camera:bool=True # The proxy of the own camera is a positive too
     joint:bool=True # One softmax over all positives; else one for each, as printed
     sum_over_cameras:bool=True # Sum of the means of the cameras; else the mean of the batch
-    hard:float=1. # Weight of the hard instance loss (thesis eq. 6.3); 0: off
-    tau_h:float=.1 # Temperature of the hard instance loss (thesis eq. 6.9)
+    hard:NotNegative=1. # Weight of the hard instance loss (thesis eq. 6.3); 0: off
+    tau_h:Positive=.1 # Temperature of the hard instance loss (thesis eq. 6.9)
     hard_negatives:Literal['all','hardest']='all' # Negatives of the hard instance loss (thesis Tab. 6.2)
-    soft:float=10. # Weight of the soft consistency loss (thesis eq. 6.3); 0: off
-    tau_s:float=.4 # Temperature of the soft consistency loss (thesis eqs. 6.10, 6.11)
+    soft:NotNegative=10. # Weight of the soft consistency loss (thesis eq. 6.3); 0: off
+    tau_s:Positive=.4 # Temperature of the soft consistency loss (thesis eqs. 6.10, 6.11)
     consistency:Literal['kl_qp','kl_pq','mse']='kl_qp' # Divergence of the soft loss (thesis Tab. 6.3)
     target:Literal['plain','strong']='plain' # View that makes the target Q (thesis Tab. 6.3)
 
@@ -101,16 +99,6 @@ def ice_terms(
     return out
 
 # %% ../../nbs/methods/80_ice.ipynb #5b0afa30
-def _encoder(s, use_only):
-    "Backbone, its norms and weights, pooling and BN-neck"
-    weights = None if use_only or s.weights=='none' else s.weights
-    named = weights in (None, 'imagenet', 'small')
-    converted = s.norm=='ibn-a' and not named # a file holds weights of the converted network
-    net = make_backbone(s.backbone, weights=None if converted else weights, last_stride=s.last_stride)
-    if s.norm!='bn': convert_norms(net, s.norm)
-    if converted: net.report = load_weights(net, weights)
-    return Encoder(net, pooling=s.pooling)
-
 def _is_aware(s, crops):
     "Whether the losses use cameras; says so when they cannot"
     if s.memory=='agnostic': return False
@@ -130,8 +118,8 @@ class ICE(Method):
         crops:Crops=None, # Training crops, labels not needed; None: for use only
     ):
         super().__init__(settings, crops)
-        s, net = settings, _encoder(settings, crops is None)
-        self.momentum = EMATeacher(net, s.alpha, rampup=False, buffers=s.statistics)
+        s, net = settings, Encoder(self.new_backbone(), pooling=settings.pooling)
+        self.momentum = EMATeacher(net, s.keep, rampup=False, buffers=s.statistics)
         if crops is None: return
         if not len(crops): raise ValueError(f'{crops.name!r} has no crops to learn from')
         if s.truth and not crops.labelled:
@@ -153,7 +141,6 @@ class ICE(Method):
         return self.momentum.net.embed(images)
 
     def after_step(self,
-        batch:Batch, # The batch that was stepped on
     )->None: # Nothing
         "Move the momentum encoder towards the online one"
         self.momentum.update(self.encoder)

@@ -23,17 +23,13 @@ from ..data.transforms import RandomErasing, pipeline
 from ..losses.contrastive import camera_proxy_loss
 from ..losses.hybrid import hybrid_loss, intra_camera_loss
 from ..neighbours.clustering import Clusters, cluster_stats, dbscan, reliable
-from ..networks.backbones import Encoder, make_backbone
+from ..networks.backbones import Encoder
 from ..networks.memory import CameraProxyMemory, HybridMemory
 from ..training.labelling import ClusterSettings, labelled_epoch, pseudo_labels, shared_features
 from ..training.method import Batch, Method
+from ..training.settings import Count, NotNegative, Part, Positive, Share, Whole
 
 # %% ../../nbs/methods/75_proxies.ipynb #95fb8028
-def _encoder(s, use_only):
-    "Backbone, pooling and BN-neck"
-    weights = None if use_only or s.weights=='none' else s.weights
-    return Encoder(make_backbone(s.backbone, weights=weights, last_stride=s.last_stride), pooling=s.pooling)
-
 def _size(s): return dict(height=s.height, width=s.width, workers=s.workers)
 
 def _augment(s):
@@ -54,17 +50,21 @@ def _sampler(s, labels, crops):
 @dataclass(frozen=True)
 class SpCLSettings(ClusterSettings):
     "Settings of SpCL (Ge et al. 2020)"
-    epochs:int=50 # Epochs; labels are renewed at the start of each
-    steps:tuple[int, ...]=(20, 40) # Epochs at which the rate falls
-    p:int=16 # Classes in a batch, clusters or single outliers
+    epochs:Count=50 # Epochs; labels are renewed at the start of each
+    steps:tuple[Whole, ...]=(20, 40) # Epochs at which the rate falls
+    p:Count=16 # Classes in a batch, clusters or single outliers
     sampler:Literal['auto','camera-diverse','plain']='auto' # `auto`: cameras where all crops have one
-    erase:float=.5 # Probability of erasing
-    eps:float=.6 # Radius of DBSCAN in Jaccard distance
-    gap:float=.02 # Distance to the tighter and the looser radius; 0: every cluster is reliable
-    keep:float=.9 # Share of clusters, and of crops, that pass in the first epoch
-    momentum:float=.2 # Keep rate of the memory
-    temperature:float=.05 # Divides the similarities
-    guard:float=1e-6 # The code's guard in the softmax; 0: none
+    erase:Part=.5 # Probability of erasing
+    eps:Part=.6 # Radius of DBSCAN in Jaccard distance
+    gap:Part=.02 # Distance to the tighter and the looser radius; 0: every cluster is reliable
+    share:Part=.9 # Share of clusters, and of crops, that pass in the first epoch
+    keep:Share=.2 # Keep rate of the memory
+    temperature:Positive=.05 # Divides the similarities
+    guard:NotNegative=1e-6 # The code's guard in the softmax; 0: none
+
+    def check(self): # Nothing; raises where two fields do not go together
+        super().check()
+        if self.gap>self.eps: raise ValueError(f'gap {self.gap} is larger than eps {self.eps}')
 
 # %% ../../nbs/methods/75_proxies.ipynb #68b69261
 class SpCL(Method):
@@ -75,13 +75,11 @@ class SpCL(Method):
         crops:Crops=None, # Training crops, labels not needed; None: for use only
     ):
         super().__init__(settings, crops)
-        self.encoder = _encoder(settings, crops is None)
+        self.encoder = Encoder(self.new_backbone(), pooling=settings.pooling)
         if crops is None: return
         if not len(crops): raise ValueError(f'{crops.name!r} has no crops to learn from')
         if settings.sampler=='camera-diverse' and not crops.has_cams: raise ValueError(
             f"{crops.name!r} has crops without a camera: choose sampler='plain'")
-        if settings.gap>settings.eps:
-            raise ValueError(f'gap {settings.gap} is larger than eps {settings.eps}')
         self.memory = HybridMemory(len(crops), self.encoder.dim)
         self.register_buffer('labels', torch.full((len(crops),), -1))
         self.register_buffer('thresholds', torch.full((2,), float('nan'), dtype=torch.float64))
@@ -98,15 +96,15 @@ class SpCL(Method):
     )->dict: # The scalar `hybrid`
         "Contrast a batch with clusters and single crops of the memory"
         s, f = self.settings, F.normalize(self.encoder(batch.images)[1].float(), dim=1)
-        self.seen = f.detach()
+        batch.kept['features'] = f.detach()
         return {'hybrid': hybrid_loss(gather(f), self.memory.rows, self.labels, gather(batch.index),
                                       temperature=s.temperature, eps=s.guard)}
 
-    def after_step(self,
-        batch:Batch, # The batch that was stepped on
+    def after_batch(self,
+        batch:Batch, # The batch that was stepped on, with what `loss` kept
     )->None: # Nothing
         "Move the rows of the batch in the memory towards its features"
-        self.memory.update(batch.index, self.seen, self.settings.momentum)
+        self.memory.update(batch.index, batch.kept['features'], self.settings.keep)
 
 # %% ../../nbs/methods/75_proxies.ipynb #af36f717
 @patch
@@ -135,7 +133,7 @@ def paced(self:SpCL,
     s, known = self.settings, not self.thresholds.isnan().any()
     y, tight, loose = (dbscan(sim, e, s.min_samples) for e in (s.eps, s.eps-s.gap, s.eps+s.gap))
     if s.gap:
-        y, t = reliable(y, tight, loose, tuple(self.thresholds.tolist()) if known else None, s.keep)
+        y, t = reliable(y, tight, loose, tuple(self.thresholds.tolist()) if known else None, s.share)
         if t is not None: self.thresholds.copy_(torch.tensor(t))
     pids = self.crops.pids if self.crops.labelled else None
     cams = self.crops.cams if self.crops.n_cams else None
@@ -145,19 +143,19 @@ def paced(self:SpCL,
 @dataclass(frozen=True)
 class CAPSettings(ClusterSettings):
     "Settings of CAP (Wang et al. 2021)"
-    epochs:int=50 # Epochs; labels are renewed at the start of each
-    iterations:int=0 # Batches an epoch; 0: one pass over the clusters
-    warmup:int=10 # Epochs of warm-up
-    steps:tuple[int, ...]=(20, 40) # Epochs at which the rate falls
+    epochs:Count=50 # Epochs; labels are renewed at the start of each
+    iterations:Whole=0 # Batches an epoch; 0: one pass over the clusters
+    warmup:Whole=10 # Epochs of warm-up
+    steps:tuple[Whole, ...]=(20, 40) # Epochs at which the rate falls
     sampler:Literal['camera-first','camera-diverse','plain']='camera-first' # Images of a cluster
-    erase:float=0. # Probability of erasing
-    eps:float=.5 # Radius of DBSCAN in Jaccard distance
-    k1:int=20 # Neighbours of the reciprocal sets
-    momentum:float=.2 # Keep rate of the proxies
-    temperature:float=.07 # Divides the cosines
-    inter:float=.5 # Weight of the loss across cameras
-    inter_from:int=5 # First epoch with the loss across cameras
-    negatives:int=50 # Nearest proxies of other clusters
+    erase:Part=0. # Probability of erasing
+    eps:Part=.5 # Radius of DBSCAN in Jaccard distance
+    k1:Count=20 # Neighbours of the reciprocal sets
+    keep:Share=.2 # Keep rate of the proxies
+    temperature:Positive=.07 # Divides the cosines
+    inter:NotNegative=.5 # Weight of the loss across cameras
+    inter_from:Whole=5 # First epoch with the loss across cameras
+    negatives:Count=50 # Nearest proxies of other clusters
 
 # %% ../../nbs/methods/75_proxies.ipynb #7aa761d9
 def _need_cameras(crops):
@@ -176,7 +174,7 @@ class CAP(Method):
         crops:Crops=None, # Training crops with cameras, labels not needed; None: for use only
     ):
         super().__init__(settings, crops)
-        self.encoder = _encoder(settings, crops is None)
+        self.encoder = Encoder(self.new_backbone(), pooling=settings.pooling)
         if crops is None: return
         _need_cameras(crops)
         self.memory = CameraProxyMemory(self.encoder.dim)
@@ -197,7 +195,7 @@ class CAP(Method):
         "Contrast a batch with the proxies of its own cameras, then of all"
         s, m = self.settings, self.memory
         f = F.normalize(self.encoder(batch.images)[1].float(), dim=1)
-        self.seen = f.detach()
+        batch.kept['features'] = f.detach()
         f, y, cams = map(gather, (f, self.labels[batch.index], self.cams[batch.index]))
         proxies = m.proxies, m.labels, m.cams
         out = {'intra': intra_camera_loss(f, *proxies, y, cams, temperature=s.temperature)}
@@ -205,12 +203,12 @@ class CAP(Method):
             f, *proxies, y, cams, temperature=s.temperature, n_negatives=s.negatives)
         return out
 
-    def after_step(self,
-        batch:Batch, # The batch that was stepped on
+    def after_batch(self,
+        batch:Batch, # The batch that was stepped on, with what `loss` kept
     )->None: # Nothing
         "Move the proxies of the batch towards its features"
         y, cams = self.labels[batch.index], self.cams[batch.index]
-        self.memory.update(self.seen, y, cams, self.settings.momentum)
+        self.memory.update(batch.kept['features'], y, cams, self.settings.keep)
 
 # %% ../../nbs/methods/75_proxies.ipynb #9aa5b9b3
 @patch

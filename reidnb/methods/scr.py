@@ -22,52 +22,47 @@ from ..data.transforms import train_transform
 from ..losses.identity import mean_cross_entropy
 from ..losses.metric import batch_hard_triplet, pairwise_distance
 from ..networks.attention import add_residual_attention, add_se, grad_cam
-from ..networks.backbones import make_backbone
 from ..networks.partitions import Architecture, MultiBranch, pcb, scr
 from ..ranking.evaluation import cosine_distance
-from ..training.method import Batch, Method, Settings
+from ..training.method import Batch, Method
+from ..training.settings import Count, EncoderSettings, NotNegative, Part, Whole
 
 # %% ../../nbs/methods/30_scr.ipynb #40219ecf
 @dataclass(frozen=True)
-class SCRSettings(Settings):
+class SCRSettings(EncoderSettings):
     "Settings of SCR; the defaults train ResNet-50 as in the thesis, section 3.4.1"
-    epochs:int=500 # Epochs (section 3.4.1)
-    height:int=384 # Height of the input, pixels; its map divides by 2 and 3 when this is a multiple of 96
-    width:int=192 # Width of the input, pixels
-    lr:float=2e-4 # Learning rate
-    steps:tuple[int, ...]=(300, 400) # Epochs of decay
-    amsgrad:bool=True # AMSGrad form of Adam
-    backbone_lr:float=1. # Rate of the backbone over that of the heads; PCB: 0.1
-    backbone:str='resnet50' # Network, see `make_backbone`
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
+    epochs:Count=500 # Epochs (section 3.4.1)
+    height:Count=384 # Height of the input, pixels; its map divides by 2 and 3 when this is a multiple of 96
+    width:Count=192 # Width of the input, pixels
+    optimizer:Literal['adam','amsgrad','sgd']='amsgrad' # Optimiser: the AMSGrad form of Adam
+    lr:NotNegative=2e-4 # Learning rate
+    steps:tuple[Whole, ...]=(300, 400) # Epochs of decay
+    pooling:Literal['auto','gap','gmp','gem']='auto' # Pooling of the heads; `auto`: maximum, for PCB the mean
     architecture:Literal['scr','pcb','se','ra']='scr' # `pcb`: 6 stripes; `se`, `ra`: p1 with attention
     branches:str='all' # `p1`, `p2`, `p3`, `p1+p2`, `all` (= `p1+p2+p3`), also with `p4` (table 3.3)
     partition:Literal['sc','s','c','none']='sc' # Stripes, channel groups, both or neither (table 3.2)
-    dim:int=0 # Channels of each head's vector; 0: an eighth of the map's, 256 of ResNet-50
-    weight:float=2. # Weight lambda of the cross-entropy (eq. 3.3, table 3.4)
+    dim:Whole=0 # Channels of each head's vector; 0: an eighth of the map's, 256 of ResNet-50
+    weight:NotNegative=2. # Weight lambda of the cross-entropy (eq. 3.3, table 3.4)
     triplet:bool=True # Triplet loss of the global heads (eq. 3.2, table 3.4)
     triplet_on:Literal['reduced','pooled']='reduced' # Triplet on the test vectors, or on those before
-    margin:float=1.2 # Margin of the triplet (eq. 3.2)
+    margin:NotNegative=1.2 # Margin of the triplet (eq. 3.2)
     metric:Literal['cosine','euclidean']='cosine' # Distance of test features
-    p:int=8 # People in a batch
-    k:int=4 # Images of each
+    p:Count=8 # People in a batch
+    k:Count=4 # Images of each
     epoch_of:Literal['people','images','shuffle']='people' # One pass over people, over images; or no P x K
-    frames:int=0 # Frames drawn of each tracklet and epoch; 0: frames count like images (video)
-    flip:float=.5 # Probability of a mirror image
-    ratio:int=16 # Reduction in channel attention (`se`)
+    frames:Whole=0 # Frames drawn of each tracklet and epoch; 0: frames count like images (video)
+    flip:Part=.5 # Probability of a mirror image
+    ratio:Count=16 # Reduction in channel attention (`se`)
 
 # %% ../../nbs/methods/30_scr.ipynb #64de2b89
 def scr_architecture(
     s:SCRSettings, # Settings
 )->Architecture: # Branches and heads
     "What the settings ask for, as a description for `MultiBranch` (thesis section 3.3.1)"
-    if s.architecture=='pcb': return replace(pcb(dim=s.dim or None), unit=s.metric=='cosine')
-    if s.architecture not in ('scr', 'se', 'ra'):
-        raise ValueError(f"architecture {s.architecture!r}: 'scr', 'pcb', 'se' or 'ra'")
-    if s.partition not in ('sc', 's', 'c', 'none'):
-        raise ValueError(f"partition {s.partition!r}: 'sc', 's', 'c' or 'none'")
+    pool = {} if s.pooling=='auto' else dict(pool=s.pooling)
+    if s.architecture=='pcb': return replace(pcb(dim=s.dim or None, **pool), unit=s.metric=='cosine')
     a = scr(s.branches if s.architecture=='scr' else 'p1', s.partition.replace('none', 's'),
-            dim=s.dim or None, triplet_on=s.triplet_on, unit=s.metric=='cosine')
+            dim=s.dim or None, triplet_on=s.triplet_on, unit=s.metric=='cosine', **pool)
     if s.partition!='none': return a
     return replace(a, branches=tuple(replace(b, heads=b.heads[:1]) for b in a.branches))
 
@@ -112,7 +107,6 @@ def _sampler(
 ): # Batches of rows
     "What an epoch is"
     modes = {'people': 'one-pass', 'images': 'exhaustive', 'shuffle': None}
-    if s.epoch_of not in modes: raise ValueError(f"epoch_of {s.epoch_of!r}: {', '.join(modes)}")
     if s.epoch_of=='shuffle': return ShuffleSampler(np.flatnonzero(crops.pids>0), s.p*s.k, seed=s.seed)
     if s.frames: return TrackletPK(crops, s.p, s.k, s.frames, mode=modes[s.epoch_of], seed=s.seed)
     return PKSampler(crops.pids, s.p, s.k, mode=modes[s.epoch_of], seed=s.seed)
@@ -126,7 +120,7 @@ class SCR(Method):
     ):
         super().__init__(settings, crops)
         s, a = settings, scr_architecture(settings)
-        backbone = make_backbone(s.backbone, weights=None if crops is None else s.weights)
+        backbone = self.new_backbone()
         if s.architecture=='se': add_se(backbone, s.ratio)
         if s.architecture=='ra': add_residual_attention(backbone)
         self.network = MultiBranch(backbone, a, crops.n_ids if crops is not None else None)
@@ -158,6 +152,10 @@ class SCR(Method):
         if self.settings.metric=='euclidean': return pairwise_distance(query, gallery)
         return super().distance(query, gallery)
 
+    @property
+    def is_cosine(self): # bool
+        "Whether `distance` is the cosine distance"
+        return self.settings.metric=='cosine'
 
 # %% ../../nbs/methods/30_scr.ipynb #23628af4
 @patch
@@ -171,18 +169,6 @@ def loss(self:SCR,
     if vectors: terms['triplet'] = sum(
         batch_hard_triplet(gather(f), gather(y), s.margin) for f in vectors)/len(vectors)
     return terms
-
-@patch
-def optimizer(self:SCR,
-)->torch.optim.Optimizer: # Two groups: backbone with `lr_scale`, heads
-    "Adam with AMSGrad, the backbone and the heads at rates of their own (thesis section 3.4.1)"
-    s, heads = self.settings, list(self.network.heads.parameters())
-    rest = [p for p in self.parameters() if p.requires_grad and not any(p is h for h in heads)]
-    groups = [{'params': rest, 'lr_scale': s.backbone_lr}, {'params': heads}]
-    if s.optimizer=='adam': return torch.optim.Adam(groups, s.lr, weight_decay=s.weight_decay,
-                                                    amsgrad=s.amsgrad)
-    if s.optimizer!='sgd': raise ValueError(f"optimizer {s.optimizer!r} is neither 'adam' nor 'sgd'")
-    return torch.optim.SGD(groups, s.lr, momentum=.9, nesterov=True, weight_decay=s.weight_decay)
 
 # %% ../../nbs/methods/30_scr.ipynb #8d0dde97
 def head_cam(
@@ -264,6 +250,7 @@ class Projected(nn.Module):
     ):
         super().__init__()
         self.method, self.projection, self.settings = method, projection, method.settings
+        self.size = method.size
 
     def embed(self,
         images:Tensor, # Normalised crops, `(B,3,H,W)`

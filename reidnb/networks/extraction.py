@@ -7,6 +7,7 @@ __all__ = ['extract']
 
 # %% ../../nbs/networks/50_extraction.ipynb #eae7cfe5
 import contextlib
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -44,24 +45,44 @@ def _check_finite(
                          f"as are {len(bad)} of {len(rows)} in its batch: did training diverge, or do "
                          "the weights hold NaN?")
 
+# %% ../../nbs/networks/50_extraction.ipynb #c65a67de
+def _input_size(
+    encoder, # A model; one that has `size` knows its input
+    height:int|None, # Height that is asked for, pixels; None: the model's
+    width:int|None, # Width
+)->tuple[int,int]: # Height and width to read, pixels
+    "The size of the model, or another one with a warning"
+    own = getattr(encoder, 'size', None)
+    if own is None:
+        if not (height and width): raise ValueError(
+            f'{type(encoder).__name__} does not say at which size it reads: give height and width')
+        return height, width
+    asked = height or own[0], width or own[1]
+    if asked!=tuple(own): warnings.warn(
+        f'{type(encoder).__name__} was trained at {own[0]}x{own[1]} and reads {asked[0]}x{asked[1]} here, '
+        f'as asked for: expect lower scores', stacklevel=3)
+    return asked
+
 # %% ../../nbs/networks/50_extraction.ipynb #c9a3d5d8
 @torch.no_grad()
 def extract(
     encoder, # Anything with `embed(images) -> (B,D)`; a module is put in eval mode for the while
     crops:Crops, # The table, N crops
     *,
-    height:int, # Height the network reads, pixels
-    width:int, # Width, pixels
+    height:int|None=None, # Height the network reads, pixels; None: `encoder.size`
+    width:int|None=None, # Width, pixels; None: `encoder.size`
     batch_size:int=128, # Crops at once; halve it when memory runs out
     device=None, # Where to compute, the encoder is moved there; None: where the encoder is
     workers:int=0, # Processes that decode images; 0: this one
     flip:bool=False, # Add the mirror image (eq. 1)
     progress:bool=False, # Show a progress bar
     transform=None, # PIL image -> tensor; None: `test_transform(height, width)`
-    dtype:torch.dtype=torch.float32, # How the features are kept
+    dtype:torch.dtype|None=None, # How the features are kept; None: `encoder.feature_dtype`, else float32
 )->Tensor: # Features in the order of the table, on the CPU, `(N,D)`
     "Features of a table of crops"
     if not len(crops): raise ValueError(f"{crops.name!r} has no crops to extract features of")
+    height, width = _input_size(encoder, height, width)
+    dtype = dtype or getattr(encoder, 'feature_dtype', torch.float32)
     if device is not None and isinstance(encoder, nn.Module): encoder.to(device)
     first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
     at = first.device if first is not None else device or 'cpu'

@@ -17,52 +17,54 @@ from .partitions import ChannelGroups
 # %% ../../nbs/networks/32_frames.ipynb #543861f6
 def sample_frames(
     lengths, # Frames of each tracklet, int `(M,)`, or one number
-    T:int=15, # Frames to take
-    how:str='even', # 'even': evenly spaced; 'random': drawn, then sorted
+    frames:int=15, # Frames to take
+    sampling:str='even', # 'even': evenly spaced; 'random': drawn, then sorted
     seed:int=0, # Seed of 'random'
-)->np.ndarray: # Frame numbers from 0 in time order, int64 `(M,T)`; `(T,)` for one number
+)->np.ndarray: # Frame numbers from 0 in time order, int64 `(M,frames)`; `(frames,)` for one number
     "Which frames of a tracklet of any length to read (thesis section 3.4.3)"
     n = np.asarray(lengths, np.int64)
-    if n.ndim==0: return sample_frames(n[None], T, how, seed)[0]
-    if how not in ('even', 'random'): raise ValueError(f"how={how!r}: 'even' or 'random'")
-    if T<1: raise ValueError(f"T={T}: read at least 1 frame")
+    if n.ndim==0: return sample_frames(n[None], frames, sampling, seed)[0]
+    if sampling not in ('even', 'random'): raise ValueError(f"sampling={sampling!r}: 'even' or 'random'")
+    if frames<1: raise ValueError(f"frames={frames}: read at least 1 frame")
     if (n<1).any(): raise ValueError(f"tracklet {int((n<1).argmax())} has {n.min()} frames: at least 1")
-    if how=='even': return (2*np.arange(T)+1)*n[:,None]//(2*T)
+    if sampling=='even': return (2*np.arange(frames)+1)*n[:,None]//(2*frames)
     rng = np.random.default_rng(seed)
-    out = (rng.random((len(n), T))*n[:,None]).astype(np.int64) # with replacement
-    start, long = np.cumsum(n)-n, n>=T
+    out = (rng.random((len(n), frames))*n[:,None]).astype(np.int64) # with replacement
+    start, long = np.cumsum(n)-n, n>=frames
     track = np.repeat(np.arange(len(n)), n)
     shuffled = np.lexsort((rng.random(len(track)), track))-np.repeat(start, n)
-    out[long] = shuffled[start[long,None]+np.arange(T)]
+    out[long] = shuffled[start[long,None]+np.arange(frames)]
     return np.sort(out, 1)
 
 # %% ../../nbs/networks/32_frames.ipynb #f5b251a0
 def temporal_pool(
-    frames:Tensor, # Features in time order, `(...,T,D)`
-    groups:int=1, # 1: temporal pooling; 3: the thesis's temporal partition pooling
-)->Tensor: # Means of the groups in a row, `(...,groups*D)`
-    "Average groups of frames and put the averages in a row: TP and TPP (thesis section 3.4.3)"
-    if not 1<=groups<=frames.shape[-2]:
-        raise ValueError(f"{groups} groups of {frames.shape[-2]} frames: at least one each")
-    sizes = ChannelGroups(groups).sizes(frames.shape[-2])
-    return torch.cat([part.mean(-2) for part in frames.split(sizes, -2)], -1)
+    features:Tensor, # Features of frames in time order, `(...,T,D)`
+    pooling:str|int='tp', # 'tp': one mean; 'tpp': means of three parts; or a number of parts `G`
+)->Tensor: # Means of the parts in a row, `(...,G*D)`
+    "Average parts of a walk and put the averages in a row: TP and TPP (thesis section 3.4.3)"
+    groups = {'tp': 1, 'tpp': 3}.get(pooling, pooling)
+    if isinstance(groups, str): raise ValueError(f"pooling={pooling!r}: 'tp', 'tpp' or a number of parts")
+    if not 1<=groups<=features.shape[-2]:
+        raise ValueError(f"{groups} groups of {features.shape[-2]} frames: at least one each")
+    sizes = ChannelGroups(groups).sizes(features.shape[-2])
+    return torch.cat([part.mean(-2) for part in features.split(sizes, -2)], -1)
 
 # %% ../../nbs/networks/32_frames.ipynb #8028d51a
 def tracklet_features(
     features:Tensor, # Features of all crops of the table, `(N,D)`
     crops:Crops, # The table
     *,
-    T:int=15, # Frames to read of each tracklet
-    how:str='even', # 'even' or 'random', as in `sample_frames`
-    groups:int=1, # 1: TP; 3: TPP
+    frames:int=15, # Frames to read of each tracklet
+    sampling:str='even', # 'even' or 'random', as in `sample_frames`
+    pooling:str|int='tp', # 'tp' or 'tpp', as in `temporal_pool`
     seed:int=0, # Seed of 'random'
     order:str|None=None, # Column that tells the order, as in `tracklets`
     chunk:int=256, # Tracklets at once
-)->tuple: # Features `(M,groups*D)`, people int64 `(M,)`, cameras int64 `(M,)`
+)->tuple: # Features `(M,G*D)`, people int64 `(M,)`, cameras int64 `(M,)`
     "Features of the tracklets of a table"
     if len(features)!=len(crops):
         raise ValueError(f"{len(features)} features for {len(crops)} crops")
     t = tracklets(crops, order)
-    at = t.rows[t.start[:-1,None]+sample_frames(t.lengths, T, how, seed)]
+    at = t.rows[t.start[:-1,None]+sample_frames(t.lengths, frames, sampling, seed)]
     parts = torch.as_tensor(at, device=features.device).split(chunk)
-    return torch.cat([temporal_pool(features[i], groups) for i in parts]), t.pids, t.cams
+    return torch.cat([temporal_pool(features[i], pooling) for i in parts]), t.pids, t.cams

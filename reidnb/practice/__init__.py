@@ -3,7 +3,7 @@ from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
     'opening': 'open_data',
-    'gallery': 'Gallery build_gallery load_gallery compare_images show_hits',
+    'gallery': 'Gallery compare_images show_hits',
     'report': 'write_report',
     'experiments': 'run_experiment report_run',
     'benchmarks': 'bench',

@@ -22,7 +22,7 @@ from ..methods.registry import recipe
 from .experiments import device
 from ..training.cards import make_card, write_card
 from ..training.loop import fit
-from ..training.scoring import score_posts
+from ..training.scoring import rank
 
 # %% ../../nbs/practice/37_ablations.ipynb #b68a9d33
 def _train_one(
@@ -44,7 +44,7 @@ def _train_one(
                  parameters=sum(p.numel() for p in method.parameters()), epochs=_epochs(log))
     scores = []
     for test,data in tests.items():
-        for post,m in score_posts(method, data, posts).items():
+        for post,m in rank(method, data, posts).metrics.items():
             scores.append(dict(test=test, post=post, mAP=m.mAP, R1=m.rank(1), R5=m.rank(5), mINP=m.mINP))
     return scores, facts
 

@@ -66,25 +66,6 @@ class DataOptions:
                     layout=self.layout or None)
         return open_data(self.data, self.root or None, seed=self.data_seed, **size)
 
-# %% ../../nbs/practice/40_cli.ipynb #69e648c1
-def _scores(
-    o, # The options of `Eval`
-    method, # A trained method
-    data, # `ReIDData` to score on
-    posts:list, # Names of post-processing
-    seconds:dict, # Filled with the wall time of each stage, s
-)->dict: # Name of post-processing -> `Metrics`
-    "Score crop by crop, or walk by walk"
-    from reidnb.data.video import by_tracklet, is_video
-    from reidnb.training.scoring import post_tracklets, score, score_posts
-    options = dict(progress=True, ap=o.ap)
-    if o.per=='tracklet' or o.per=='auto' and is_video(data):
-        read = dict(T=o.frames, how=o.sampling, groups=3 if o.pooling=='tpp' else 1)
-        return post_tracklets(method, by_tracklet(data), posts, seed=o.data_seed, seconds=seconds,
-                              **read, **options)
-    if posts[1:]: return score_posts(method, data, posts, seconds=seconds, **options)
-    return {'none': score(method, data, **options)}
-
 # %% ../../nbs/practice/40_cli.ipynb #830002ff
 def _recipe_command(
     name:str, # Recipe
@@ -101,7 +82,9 @@ def _with_recipes(
     train:type, # The command
 )->type: # The same, with a sub-command for each recipe
     "Load the methods and give `train` their settings as options"
+    from reidnb.core.plugins import load_plugins
     from reidnb.methods.registry import RECIPES
+    load_plugins()
     kinds = Union[tuple(_recipe_command(name) for name in RECIPES)]
     train.__annotations__['recipe'] = train.__dataclass_fields__['recipe'].type = kinds
     return train
@@ -127,7 +110,7 @@ class Train(DataOptions):
         for line in (data, *check(data)): print(line, flush=True)
         r = run_experiment(name, data, out, settings, before=self.before, resume=not self.fresh)
         if self.report and r.after and rank_size()[0]==0: report_run(r, data)
-        before = [f'before training  {r.before.metrics}'] if r.before else []
+        before = [f'before training  {r.before.scores}'] if r.before else []
         after = [f'after training   {r.metrics}'] if r.metrics else ['no test part: nothing was scored']
         made = 'model, log, card and report' if self.report and r.after else 'model, log and card'
         return '\n'.join([*before, *after, f'{made} are in {out}'])
@@ -154,7 +137,7 @@ class Eval(DataOptions):
     rerank:bool=False # Also re-rank by k-reciprocal neighbours
     tlift:bool=False # Also lift by time; the data must know cameras and seconds
     tfusion:bool=False # Also fuse with transfer times
-    per:Literal['auto','image','tracklet']='auto' # What is searched; `auto`: walks in a video set
+    per:Literal['auto','crop','tracklet']='auto' # What is searched; `auto`: walks in a video set
     frames:int=15 # Frames to read of a tracklet
     sampling:Literal['even','random']='even' # Which frames
     pooling:Literal['tp','tpp']='tp' # Mean of the frames, or means of beginning, middle and end in a row
@@ -166,19 +149,19 @@ class Eval(DataOptions):
         from reidnb.practice.experiments import device
         from reidnb.training.cards import make_card, write_card
         from reidnb.training.models import load_model
+        from reidnb.training.scoring import rank
         method = load_model(self.model).to(device())
-        data, start, posts = self.open(method.settings.height), time.perf_counter(), self.posts()
+        data, posts = self.open(method.size[0]), self.posts()
         print(data, *_other_split(self.model, data), sep='\n', flush=True)
         data.need('query', 'gallery')
         check(data)
-        seconds = {}
-        found = _scores(self, method, data, posts, seconds)
-        scores = {k: m.to_dict() for k,m in found.items()} if posts[1:] else found['none'].to_dict()
-        card = make_card('eval', method.settings, data_facts(data), scores,
-                         seconds or time.perf_counter()-start, method.settings.seed,
-                         model=Path(self.model).name)
+        walk = dict(per=self.per, frames=self.frames, sampling=self.sampling, pooling=self.pooling)
+        found = rank(method, data, posts, **walk, seed=self.data_seed, progress=True, ap=self.ap)
+        scores = {k: m.to_dict() for k,m in found.metrics.items()}
+        card = make_card('eval', method.settings, data_facts(data), scores if posts[1:] else scores['none'],
+                         found.seconds, method.settings.seed, model=Path(self.model).name)
         if self.out: write_card(card, self.out)
-        lines = [f'{k+":":12}{m}' for k,m in found.items()] if posts[1:] else [str(found['none'])]
+        lines = [f'{k+":":12}{m}' for k,m in found.metrics.items()] if posts[1:] else [str(found.scores)]
         return f'{self.model} on {data.name}: ' + '\n'.join(['']*bool(posts[1:]) + lines)
 
 # %% ../../nbs/practice/40_cli.ipynb #97ea68e8
@@ -203,26 +186,14 @@ class Search:
         "Build a gallery, search it, and draw the hits where asked"
         from reidnb.data.folders import from_folder
         from reidnb.practice.experiments import device
-        from reidnb.practice.gallery import show_hits
+        from reidnb.practice.gallery import Gallery, show_hits
         from reidnb.training.models import load_model
         if not self.query.exists(): raise FileNotFoundError(f'no image {self.query} to search for')
         query = from_folder(self.query) if self.query.is_dir() else self.query
-        gallery = _gallery(load_model(self.model).to(device()), from_folder(self.gallery))
+        gallery = Gallery.build(load_model(self.model).to(device()), from_folder(self.gallery))
         hits = gallery.search(query, self.k, per=self.per or None)
         if self.out: show_hits(hits, n=self.k).save(self.out)
         return str(hits)
-
-# %% ../../nbs/practice/40_cli.ipynb #25c965f1
-def _gallery(
-    method, # A trained method
-    crops, # Crops to search
-): # A `Gallery`, ready to search, with the method's input size and distance
-    "A gallery for a method"
-    from reidnb.practice.gallery import build_gallery
-    from reidnb.training.method import Method
-    s, own = method.settings, type(method).distance is not Method.distance
-    distance = method.distance if own else None
-    return build_gallery(method, crops, height=s.height, width=s.width, distance=distance)
 
 # %% ../../nbs/practice/40_cli.ipynb #f4a3363c
 @dataclass(kw_only=True)
@@ -238,14 +209,12 @@ class Match:
         "Compare two images, and draw their places where the model has them"
         import torch
         from reidnb.data.crops import Crops
-        from reidnb.networks.extraction import extract
         from reidnb.practice.experiments import device
         from reidnb.ranking.matching import correspondences, draw_matches
         from reidnb.training.models import load_model
         method = load_model(self.model).to(device())
         crops = Crops([str(p) for p in self.images])
-        size = dict(height=method.settings.height, width=method.settings.width)
-        a, b = extract(method, crops, **size)[:,None].to(device())
+        a, b = method.extract(crops)[:,None].to(device())
         with torch.no_grad(): d = float(method.distance(a, b))
         if not hasattr(method, 'matcher'): return f'distance {d:.3f}; {self.model} has no places to show'
         maps = [x[0].unflatten(0, method.encoder.shape) for x in (a, b)]
@@ -268,6 +237,7 @@ class Demo:
         "Render, train, search and report, telling each step"
         from reidnb.methods.registry import recipe
         from reidnb.practice.experiments import report_run, run_experiment
+        from reidnb.practice.gallery import Gallery
         from reidnb.world.sites import make_site
         start = time.perf_counter()
         print(f'1/4 rendering {self.site}: people, cameras, walks ...', flush=True)
@@ -276,11 +246,11 @@ class Demo:
         _, settings = recipe('baseline-small', epochs=self.epochs, seed=self.seed)
         r = run_experiment('baseline-small', data, self.out, settings, resume=not self.fresh)
         print('3/4 searching one person across the cameras ...', flush=True)
-        gallery = _gallery(r.method, data.gallery)
+        gallery = Gallery.build(r.method, data.gallery)
         hits = gallery.search(data.query[[0]], 5, exclude_same=['camera'], per='camera')
         print(hits, '4/4 writing the report ...', sep='\n', flush=True)
         report = report_run(r, data)
-        return (f'before training  {r.before.metrics}\nafter training   {r.metrics}\n'
+        return (f'before training  {r.before.scores}\nafter training   {r.metrics}\n'
                 f'report: {report}  ({time.perf_counter()-start:.0f} s in all)')
 
 # %% ../../nbs/practice/40_cli.ipynb #1af6c734
@@ -319,7 +289,8 @@ def _parse(
     kinds = [_with_recipes(c) if c is Train and words[:1]==['train'] else c for c in _commands]
     named = Union[tuple(Annotated[c, subcommand(c.__name__.lower())] for c in kinds)]
     return tyro.cli(named, prog='reidnb', args=words,
-                    description='Person re-identification as a book that runs.',
+                    description='Person re-identification as a book that runs. '
+                    '`--plugins FILE` before the command imports methods and data sets of your own.',
                     config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes))
 
 def _mendable(
@@ -329,6 +300,14 @@ def _mendable(
     known = isinstance(e, (ValueError, OSError, ImportError))
     return known or type(e).__name__=='NonFiniteLoss'   # defined in the loop, which may not be loaded
 
+# %% ../../nbs/practice/40_cli.ipynb #1e142b4e
+def _add_plugin(
+    file:str, # Module or file, as in the variable
+)->None: # Nothing; the variable names it too
+    "Let this process and those it starts import a module that registers something"
+    listed = [x for x in os.environ.get('REIDNB_PLUGINS', '').split(os.pathsep) if x]
+    if file not in listed: os.environ['REIDNB_PLUGINS'] = os.pathsep.join([*listed, file])
+
 # %% ../../nbs/practice/40_cli.ipynb #23f7c9ea
 def main(
     args:list[str]|None=None, # Words of the command line; None: those of this process
@@ -336,7 +315,9 @@ def main(
     "The command `reidnb`"
     # Before torch: oneDNN's AMX kernels return wrong bf16 numbers now and then (reidnb.core.precision)
     if 'torch' not in sys.modules: os.environ.setdefault('ONEDNN_MAX_CPU_ISA', 'AVX512_CORE_BF16')
-    command = _parse(sys.argv[1:] if args is None else args)
+    words = list(sys.argv[1:] if args is None else args)
+    while words[:1]==['--plugins'] and len(words)>1: _add_plugin(words[1]); words = words[2:]
+    command = _parse(words)
     try: print(command.run())
     except KeyboardInterrupt:
         more = '; the same command, without --fresh, goes on from the last finished epoch'

@@ -19,21 +19,21 @@ from ..core.distributed import rank_size
 from ..data.checks import check, data_facts
 from ..data.crops import ReIDData
 from ..data.splits import reserve
-from ..data.video import is_video
 from ..methods.registry import recipe
 from .report import write_report
 from ..training.cards import make_card, write_card
 from ..training.loop import fit, read_log
-from ..training.method import Method, Settings
-from ..training.scoring import Outcome, measure, score, score_tracklets
+from ..training.method import Method
+from ..training.scoring import Ranking, rank
+from ..training.settings import Settings
 
 # %% ../../nbs/practice/35_experiments.ipynb #997633b5
 @dataclass
 class Result:
     "What a run leaves"
     method:Method # The trained method
-    after:Outcome|None # Scores, features and distances on the test part; None without one
-    before:Outcome|None # The same before training; None when not asked for
+    after:Ranking|None # Scores, features and distances on the test part; None without one
+    before:Ranking|None # The same before training; None when not asked for
     log:list # Log of the training
     card:dict # Result card, also in `card.json`
     out:Path # Folder of the run
@@ -41,7 +41,7 @@ class Result:
     @property
     def metrics(self):
         "Scores after training; None without a test part"
-        return self.after.metrics if self.after else None
+        return self.after.scores if self.after else None
 
 # %% ../../nbs/practice/35_experiments.ipynb #3cedcd37
 def device(
@@ -81,15 +81,15 @@ def run_experiment(
     method = cls(s, used.train)
     method.to(device())
     tested = data.query is not None and data.gallery is not None
-    first = _look(method, data) if before and tested else None
+    first = rank(method, data) if before and tested else None
     prepared = time.perf_counter()-start
     earlier = read_log(out) if resume and (Path(out)/'log.jsonl').exists() else None
     log = fit(method, out, val=val, resume=resume, progress=progress)
     start = time.perf_counter()
-    last = _look(method, data) if tested else None
+    last = rank(method, data) if tested else None
     seconds = dict(prepare=prepared, test=time.perf_counter()-start,
                    train=sum(r['seconds'] for r in log if 'images' in r))   # of all sittings
-    scores = {k: o.metrics.to_dict() for k,o in (('before', first), ('after', last)) if o is not None}
+    scores = {k: o.scores.to_dict() for k,o in (('before', first), ('after', last)) if o is not None}
     shown = asdict(s)
     if shown.get('weights'): shown['weights'] = Path(shown['weights']).name   # no folder of a machine
     card = make_card(name, shown, data_facts(data), scores, seconds, s.seed,
@@ -98,17 +98,6 @@ def run_experiment(
     if last: last.log, last.card = log, card
     if rank_size()[0]==0: write_card(card, Path(out)/'card.json')
     return Result(method, last, first, log, card, Path(out))
-
-# %% ../../nbs/practice/35_experiments.ipynb #6540face
-def _look(
-    method:Method, # A method
-    data:ReIDData, # Data with query and gallery
-)->Outcome: # Scores; with distances and features when they fit in memory
-    "Measure a method, in blocks when the distance matrix would be too large to keep; a video set by tracklet"
-    if is_video(data): return Outcome(metrics=score_tracklets(method, data))
-    small = len(data.query)*len(data.gallery) <= 10**8
-    if small: return measure(method, data, workers=method.settings.workers)
-    return Outcome(metrics=score(method, data))
 
 # %% ../../nbs/practice/35_experiments.ipynb #915841fd
 def report_run(

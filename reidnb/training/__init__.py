@@ -2,9 +2,10 @@
 from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
-    'method': 'Method Settings Batch schedule',
-    'models': 'save_model load_model',
-    'scoring': 'score score_posts measure Outcome score_tracklets',
+    'settings': 'Settings EncoderSettings schedule',
+    'method': 'Method Batch',
+    'models': 'save_model load_model register_classes',
+    'scoring': 'rank Ranking score embed_tracklets',
     'labelling': 'ClusterSettings pseudo_labels',
     'cards': 'make_card write_card read_cards',
     'loop': 'fit read_log'})

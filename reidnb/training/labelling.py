@@ -9,7 +9,6 @@ __all__ = ['ClusterSettings', 'shared_features', 'PseudoLabels', 'pseudo_labels'
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,25 +20,21 @@ from ..neighbours.clustering import Clusters, cluster
 from ..neighbours.nearest import knn
 from ..neighbours.reciprocal import jaccard
 from ..networks.extraction import extract
-from .method import Settings
+from .settings import Count, EncoderSettings, Part, Whole
 
 # %% ../../nbs/training/40_labelling.ipynb #0eee49f0
 @dataclass(frozen=True)
-class ClusterSettings(Settings):
-    "Settings of methods that learn from clusters: network, batches, radius (thesis section 6.4.2)"
-    epochs:int=40 # Epochs; labels are renewed at the start of each
-    iterations:int=400 # Batches an epoch; 0: one pass over the clusters
-    backbone:str='resnet50' # Network, see `make_backbone`
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    last_stride:int=1 # Stride of the last stage
-    pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
-    p:int=8 # Clusters in a batch
-    k:int=4 # Images of each
-    pad:int=10 # Zero padding before the random crop, pixels of the view
-    eps:float=.55 # Radius of DBSCAN in Jaccard distance
-    min_samples:int=4 # Crops within the radius that make a core
-    k1:int=30 # Neighbours of the reciprocal sets
-    k2:int=6 # Neighbours whose weights are averaged
+class ClusterSettings(EncoderSettings):
+    "Settings of methods that learn from clusters: batches, radius (thesis section 6.4.2)"
+    epochs:Count=40 # Epochs; labels are renewed at the start of each
+    iterations:Whole=400 # Batches an epoch; 0: one pass over the clusters
+    p:Count=8 # Clusters in a batch
+    k:Count=4 # Images of each
+    pad:Whole=10 # Zero padding before the random crop, pixels of the view
+    eps:Part=.55 # Radius of DBSCAN in Jaccard distance
+    min_samples:Count=4 # Crops within the radius that make a core
+    k1:Count=30 # Neighbours of the reciprocal sets
+    k2:Count=6 # Neighbours whose weights are averaged
 
 # %% ../../nbs/training/40_labelling.ipynb #14a1e1d2
 def shared_features(

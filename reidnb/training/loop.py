@@ -26,9 +26,10 @@ from reidnb.core.checkpoints import (load_checkpoint, random_state, save_checkpo
 from ..core.distributed import global_batch_norm
 from ..core.precision import safe_bf16
 from ..data.crops import ReIDData
-from .method import Batch, Method, Settings, schedule
+from .method import Batch, Method
 from .models import save_model
 from .scoring import score
+from .settings import Settings, schedule
 
 # %% ../../nbs/training/60_loop.ipynb #b21eb1d3
 def read_log(
@@ -179,7 +180,8 @@ def train_epoch(
             if s.clip and acc.sync_gradients: acc.clip_grad_norm_(m.parameters(), s.clip)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        m.after_step(batch)
+        m.after_batch(batch)
+        if acc.sync_gradients: m.after_step()
         run.write({'epoch': run.epoch, 'step': run.step, **row, 'lr': lr})
         bar.set_postfix({k: f'{v:.3f}' for k,v in row.items()})
         run.step, seen = run.step+1, seen+len(batch)*acc.num_processes
