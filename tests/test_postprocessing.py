@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from reidnb.training.models import load_model
 from reidnb.data.crops import Crops
-from reidnb.ranking.evaluation import cosine_distance
+from reidnb.ranking.evaluation import cosine_distance, evaluate
+from reidnb.ranking.lifting import TLIFT_APPENDIX, tlift, unit_scores
+from reidnb.networks.extraction import extract
 from reidnb.core.costs import _resident, Peak
 from reidnb.ranking.postprocessing import postprocess, POSTS
 from reidnb.training.scoring import score_posts
@@ -110,3 +112,74 @@ def test_score_posts_tells_seconds_and_memory():
 def test_a_distance_of_cosines_is_the_default(people):
     q, g, *tables = people
     assert torch.equal(postprocess(q, g, *tables, ('none',)).distances['none'], cosine_distance(q, g))
+
+
+def lifted(people, post='tlift', **kwargs):
+    "mAP as it is and post-processed"
+    q, g, query, gallery = people
+    made = postprocess(q, g, query, gallery, ('none', post), **kwargs)
+    return [evaluate(d, query.pids, gallery.pids, query.cams, gallery.cams).mAP for d in made.distances.values()]
+
+
+def bent(a, b):
+    "Cosines pressed into 0.40 to 0.56, where QAConv's sigma(z/10) lies"
+    return 1 - (.40 + .16*torch.sigmoid(3*F.normalize(a) @ F.normalize(b).T))
+
+
+@pytest.fixture(scope='module')
+def rendered():
+    "A rendered site as the package's small network sees it"
+    site, m = make_site('mall', n_train=2, n_test=40, per_id=8, seed=0), load_model('small')
+    f = [extract(m, x, height=m.settings.height, width=m.settings.width) for x in (site.query, site.gallery)]
+    return *f, site.query, site.gallery
+
+
+def test_a_squeezed_score_is_lifted_as_before(rendered):
+    "Read as a probability, as it once was, it loses most of the mAP"
+    plain, cosine = lifted(rendered)
+    assert cosine > plain
+    same, squeezed = lifted(rendered, distance=bent)
+    assert abs(same - plain) < 1e-4 and abs(squeezed - cosine) < .03 and squeezed > plain - .005
+    assert lifted(rendered, distance=bent, scale='probability')[1] < .75*plain
+
+
+@pytest.mark.parametrize('unit', [1e-3, 1., 1e4])
+def test_the_unit_of_a_distance_does_not_matter(people, unit):
+    "Nor an offset: Euclidean distances above 1 once gave zeros, and a ranking of ties"
+    own = dict(distance=lambda a, b: unit*(torch.cdist(a, b) + 3))
+    got = postprocess(*people, ('tlift', 'tfusion'), **own).distances
+    want = postprocess(*people, ('tlift', 'tfusion'), distance=torch.cdist).distances
+    for k in got: torch.testing.assert_close(got[k], want[k], atol=1e-3, rtol=0)
+    assert all(len(row.unique()) > 140 for row in got['tlift'])
+
+
+def test_a_probability_is_used_as_it_is(people):
+    q, g, query, gallery = people
+    p = lambda a, b: ((a @ b.T + 1)/2)**4
+    got = postprocess(*people, ('tlift',), distance=lambda a, b: 1 - p(a, b), scale='probability').distances['tlift']
+    side = query.cams, query.times, gallery.cams, gallery.times
+    torch.testing.assert_close(got, 1 - tlift(p(q, g), *side, **TLIFT_APPENDIX), atol=1e-5, rtol=0)
+    relative = postprocess(*people, ('tlift',), distance=lambda a, b: 1 - p(a, b)).distances['tlift']
+    torch.testing.assert_close(relative, 1 - tlift(unit_scores(p(q, g)), *side, **TLIFT_APPENDIX), atol=1e-5, rtol=0)
+    assert (got - relative).abs().max() > .01
+
+
+def test_re_ranked_distances_stay_as_they_are(people):
+    "Jaccard mixtures fill [0,1] whatever the distance was"
+    p = lambda a, b: 1 - ((a @ b.T + 1)/2).clamp(0, 1)
+    a, b = (postprocess(*people, ('rr+tlift',), distance=p, scale=s).distances['rr+tlift']
+            for s in ('relative', 'probability'))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('distance, words', [
+    (torch.cdist, r'distances run from 0\.\d+ to 1\.\d+'), (lambda a, b: -(a @ b.T).clamp(.01), 'distances run from -'),
+    (lambda a, b: torch.full((len(a), len(b)), torch.nan), 'distances run from nan to nan')])
+def test_no_probability_is_said_at_once(people, distance, words):
+    with pytest.raises(ValueError, match=words): postprocess(*people, ('none',), distance=distance, scale='probability')
+    if 'nan' not in words: postprocess(*people, ('tlift',), distance=distance)
+
+
+def test_a_scale_has_one_of_two_names(people):
+    with pytest.raises(ValueError, match="scale 'cosine' is neither 'relative' nor 'probability'"):
+        postprocess(*people, ('none',), scale='cosine')

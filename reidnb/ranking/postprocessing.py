@@ -7,6 +7,7 @@ __all__ = ['POSTS', 'Posts', 'postprocess']
 
 # %% ../../nbs/ranking/60_postprocessing.ipynb #6dba492c
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def postprocess(
     gallery:Crops, # The gallery
     posts:tuple=('none', 'rr', 'rr+tlift'), # Names in `POSTS`
     *,
-    distance=None, # Function `(Q,D),(G,D) -> (Q,G)`, values in [0,1]; None: one minus cosine
+    distance=None, # Function `(Q,D),(G,D) -> (Q,G)`, smaller is closer; None: one minus cosine
+    scale:Literal['relative','probability']='relative', # What `distance` says: order and spread; 1 - probability
     reranking:dict|None=None, # Options of `rerank`: k1, k2, lambda_
     lift:dict|None=None, # Options of `tlift`: tau, sigma, k, alpha; None: those of the appendix
     fusion:dict|None=None, # Options of `tfusion`
@@ -44,11 +46,14 @@ def postprocess(
     "Distances of two sets of features, re-ranked and lifted as asked"
     wrong = [p for p in posts if p not in POSTS]
     if wrong: raise ValueError(f'no post-processing {wrong[0]!r}; there are: {", ".join(POSTS)}')
+    if scale not in ('relative', 'probability'):
+        raise ValueError(f"scale {scale!r} is neither 'relative' nor 'probability'")
     if any(p.endswith(('tlift', 'tfusion')) for p in posts): _need_times(query, gallery)
     side, base, out = (query.cams, query.times, gallery.cams, gallery.times), {}, {}
     made = Posts(out)
     timed = lambda step, run: measured(step, run, made.seconds, made.megabytes if memory else None)
     base['none'] = timed('distance', lambda: (distance or cosine_distance)(q, g))
+    if scale=='probability': _need_probability(base['none'])
     if any(p.startswith('rr') for p in posts):
         base['rr'] = timed('rr', lambda: _rerank(q, g, base['none'], distance, reranking or {}))
     in_time = dict(tlift=lambda p: tlift(p, *side, **(lift or TLIFT_APPENDIX)),
@@ -56,7 +61,7 @@ def postprocess(
     for post in posts:
         first, last = 'rr' if post.startswith('rr') else 'none', post.split('+')[-1]
         out[post] = d = base[first]
-        if last in in_time: out[post] = 1-timed(last, lambda: in_time[last](_looks(d, first, distance)))
+        if last in in_time: out[post] = 1-timed(last, lambda: in_time[last](_looks(d, first, scale)))
     return made
 
 # %% ../../nbs/ranking/60_postprocessing.ipynb #fba5d36c
@@ -64,9 +69,15 @@ def _rerank(q, g, qg, distance, options):
     if distance is None: return rerank(q, g, **options)
     return rerank_distances(qg, distance(q, q), distance(g, g), **options)
 
-def _looks(d, first, distance):
-    "Similarity in [0,1] of a distance: after re-ranking, of a matcher, or of cosines"
-    return (1-d).clamp(0, 1) if first=='rr' or distance is not None else unit_scores(1-d)
+def _looks(d, first, scale):
+    "Similarity in [0,1] of a distance: re-ranked, 1 - probability, or of order and spread alone"
+    return (1-d).clamp(0, 1) if first=='rr' or scale=='probability' else unit_scores(-d)
+
+def _need_probability(d, slack=1e-5): # slack: rounding
+    "Raise unless all distances lie in [0,1]"
+    low, high = (float(v) for v in d.aminmax()) if d.numel() else (0., 0.)
+    if not (low>=-slack and high<=1+slack): raise ValueError(
+        f"distances run from {low:.3g} to {high:.3g}: with scale='probability' they lie in [0,1]; use 'relative'")
 
 def _need_times(query, gallery):
     "Raise unless both tables know cameras and times"
