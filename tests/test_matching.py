@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from reidnb.ranking.matching import (
     best_matches, correspondences, global_feature, patches, prefilter, prefilter_recall,
-    QAConv, score_matrix, unit_maps)
+    QAConvMatcher, score_matrix, unit_maps)
 
 
 def pair(q, g, s):
@@ -46,7 +46,7 @@ def make(rng, n, d, h, w, kinds):
 def worn(h, w, **kw):
     "A matcher in eval mode with statistics and weights of its own"
     torch.manual_seed(h*w)
-    m = QAConv(h, w, **kw)
+    m = QAConvMatcher(h, w, **kw)
     for _ in range(5): m(unit_maps(torch.randn(4, 6, h, w)), unit_maps(torch.randn(4, 6, h, w)))
     for p in m.parameters(): p.data += .3*torch.randn_like(p)
     return m.eval()
@@ -147,7 +147,7 @@ def test_gradient_equals_plain_differentiation(case, s, bits):
 @pytest.mark.parametrize('shared', [True, False])
 def test_gradcheck_of_the_whole_matcher(shared):
     torch.manual_seed(0)
-    m = QAConv(3, 2, shared=shared).double()
+    m = QAConvMatcher(3, 2, shared=shared).double()
     q, g = (torch.randn(n, 4, 3, 2, dtype=torch.double, requires_grad=True) for n in (2, 3))
     for train in (False, True):
         m.train(train)
@@ -160,7 +160,7 @@ def test_half_precision(dtype, eps):
     torch.manual_seed(0)
     q, g = unit_maps(torch.randn(6, 128, 12, 4)), unit_maps(torch.randn(9, 128, 12, 4))
     torch.testing.assert_close(best_matches(q, g, half=dtype), best_matches(q, g), atol=eps, rtol=0)
-    m = QAConv(12, 4); m(q, g); m.eval()
+    m = QAConvMatcher(12, 4); m(q, g); m.eval()
     exact = score_matrix(m, q, g)
     torch.testing.assert_close(score_matrix(m, q, g, half=dtype), exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(score_matrix(m, q.to(dtype), g.to(dtype)), exact, atol=1e-3, rtol=0)   # maps stored in half
@@ -189,7 +189,7 @@ def test_training_learns_and_saves(tmp_path):
         x = torch.randn(12, 16, 24)
         for i in range(12): x[i, :, torch.randperm(24)[:6]] = people[i]
         return unit_maps(x.view(12, 16, 6, 4))
-    m, y = QAConv(6, 4), torch.eye(12)
+    m, y = QAConvMatcher(6, 4), torch.eye(12)
     opt = torch.optim.SGD(m.parameters(), .05, momentum=.9)
     for _ in range(60):
         loss = F.binary_cross_entropy_with_logits(m(images(), images(), detach=True), y, reduction='none').sum(1).mean()
@@ -198,7 +198,7 @@ def test_training_learns_and_saves(tmp_path):
     s = score_matrix(m.eval(), q, g)
     assert (s.argmax(1) == torch.arange(12)).float().mean() > .9
     torch.save(m.state_dict(), tmp_path/'m.pt')
-    again = QAConv(6, 4); again.load_state_dict(torch.load(tmp_path/'m.pt'))
+    again = QAConvMatcher(6, 4); again.load_state_dict(torch.load(tmp_path/'m.pt'))
     assert torch.equal(score_matrix(again.eval(), q, g), s)
 
 
@@ -246,10 +246,10 @@ def test_empty_and_wrong():
     q = unit_maps(torch.randn(2, 6, 3, 2))
     assert score_matrix(m, q, q[:0]).shape == (2, 0) and score_matrix(m, q[:0], q).shape == (0, 2)
     assert score_matrix(m, q[:0]).shape == (0, 0) and best_matches(q, q[:0]).shape == (2, 0, 12)
-    for fault, call in {'training mode': lambda: score_matrix(QAConv(3, 2), q, q),
+    for fault, call in {'training mode': lambda: score_matrix(QAConvMatcher(3, 2), q, q),
                         'weights for (3, 2)': lambda: m(q, unit_maps(torch.randn(2, 6, 2, 3))),
                         'use unit_maps first': lambda: score_matrix(m, 2*q, q),
-                        'must be odd': lambda: QAConv(3, 2, kernel_size=2)}.items():
+                        'must be odd': lambda: QAConvMatcher(3, 2, kernel_size=2)}.items():
         with pytest.raises(ValueError) as e: call()
         assert fault in str(e.value)
 
@@ -333,7 +333,7 @@ def bench(full=True, repeats=3):
     torch.manual_seed(0)
     nq, ng, d, h, w = (64, 256, 128, 24, 8) if full else (8, 32, 128, 12, 4)
     q, g = unit_maps(torch.randn(nq, d, h, w)), unit_maps(torch.randn(ng, d, h, w))
-    m = QAConv(h, w); m(q[:4], g[:4]); m.eval()
+    m = QAConvMatcher(h, w); m(q[:4], g[:4]); m.eval()
     a, b = (x.flatten(2).transpose(1, 2).reshape(-1, d).contiguous() for x in (q, g))
     space = torch.empty(len(a), 16*h*w)
     def bare():

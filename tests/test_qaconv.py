@@ -18,7 +18,7 @@ from reidnb.data.toys import toy_crops
 from reidnb.networks.extraction import extract
 from reidnb.ranking.matching import best_matches, global_feature
 from reidnb.methods.qaconv import (
-    combine_all, contributions, explore_matches, LOSSES, MapEncoder, MatchView, QAConvMethod,
+    combine_all, contributions, explore_matches, LOSSES, MapEncoder, MatchView, QAConv,
     QAConvSettings)
 from reidnb.core.distributed import global_batch_norm, rank_size
 from reidnb.practice.gallery import build_gallery
@@ -42,7 +42,7 @@ def toy(): return toy_crops(n_ids=8, n_cams=2, n_each=2)
 
 def method(**changes):
     seed_everything(0)
-    return QAConvMethod(settings(**changes), toy())
+    return QAConv(settings(**changes), toy())
 
 
 def first_batches(m, n=1): return [b for b, _ in zip(m.epoch(0), range(n))]
@@ -50,7 +50,7 @@ def first_batches(m, n=1): return [b for b, _ in zip(m.epoch(0), range(n))]
 
 # ------------------------------------------------------------------------------------------ runs in processes
 
-class Killed(QAConvMethod):
+class Killed(QAConv):
     "Dies by signal 9 in the middle of an epoch; draws from the global generator as dropout would"
     kill_at = 0
 
@@ -64,7 +64,7 @@ class Killed(QAConvMethod):
 
 
 def child(out, loss, kill_at=0):
-    cls = Killed if loss == 'focal' else QAConvMethod
+    cls = Killed if loss == 'focal' else QAConv
     s = settings(loss=loss, global_weight=.1, margin=1., **({} if loss == 'focal' else STILL))
     seed_everything(s.seed)
     m = cls(s, toy())
@@ -496,9 +496,9 @@ def test_settings_that_cannot_work_say_so(change, say):
 
 def test_too_few_people_and_unlabelled_crops():
     c = toy()
-    with pytest.raises(ValueError, match='at least 2'): QAConvMethod(settings(), c[c.pids == 1])
+    with pytest.raises(ValueError, match='at least 2'): QAConv(settings(), c[c.pids == 1])
     mixed = c.replace(pids=np.where(c.pids > 4, -2, c.pids))
-    m = QAConvMethod(settings(batch_size=4), mixed)
+    m = QAConv(settings(batch_size=4), mixed)
     assert all((m.labels[b.index] >= 0).all() for b in m.epoch(0)) and len(m.memory.seen) == 4
 
 

@@ -19,8 +19,8 @@ RECIPES = { # Name -> module, class of the method, class of its settings, what d
     'baseline-small': ('reidnb.methods.baseline', 'Baseline', 'BaselineSettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=20, warmup=2, decay='cosine',
         lr=1e-3, pad=5, p=8, k=4)),
-    'qaconv': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', {}),
-    'qaconv-small': ('reidnb.methods.qaconv', 'QAConvMethod', 'QAConvSettings', dict(
+    'qaconv': ('reidnb.methods.qaconv', 'QAConv', 'QAConvSettings', {}),
+    'qaconv-small': ('reidnb.methods.qaconv', 'QAConv', 'QAConvSettings', dict(
         backbone='small', weights='small', height=128, width=64, epochs=10, decay='cosine', steps=(),
         cut_at='layer4', last_stride=1, neck='1x1', normalise=True, occlusion='re', batch_size=16, lr=.02)),
     'scr': (*_SCR, {}),

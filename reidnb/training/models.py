@@ -34,13 +34,16 @@ def save_model(
 # %% ../../nbs/training/20_models.ipynb #f424d82c
 _small = Path(reidnb.__file__).parent/'weights'/'small.safetensors'   # trained by tools/pretrain.py
 _MOVED = {'reidnb.contract': 'reidnb.training.method', 'reidnb.training': 'reidnb.training.method',
-          'reidnb.pseudo_labels': 'reidnb.training.labelling'} # Module named in an old file -> module now
+          'reidnb.pseudo_labels': 'reidnb.training.labelling',
+          'reidnb.qaconv': 'reidnb.methods.qaconv'} # Module named in an old file -> module now
+_RENAMED = {'reidnb.methods.qaconv:QAConvMethod': 'QAConv'} # Class named in an old file -> its name now
 
 def _named(spec): # The class that 'module:name' means
     module, name = spec.split(':')
     if not module.startswith('reidnb.'): raise ValueError(
         f'the file names {spec}, which is outside this package: give its class with `cls=`')
-    return getattr(importlib.import_module(_MOVED.get(module, module)), name)
+    module = _MOVED.get(module, module)
+    return getattr(importlib.import_module(module), _RENAMED.get(f'{module}:{name}', name))
 
 # %% ../../nbs/training/20_models.ipynb #72187a9e
 def _read_model(path): # Header and tensors of a model file
