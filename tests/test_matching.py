@@ -71,19 +71,20 @@ def test_best_matches_equal_loops(case, other, s, bits):
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases, st.booleans(), st.sampled_from([1, 3]), st.integers(0, 16))
-def test_scores_equal_the_matcher(case, shared, s, bits):
+@given(cases, st.sampled_from([{}, dict(shared=True), dict(shared=True, shared_bias='twice')]), st.sampled_from([1, 3]),
+       st.integers(0, 16))
+def test_scores_equal_the_matcher(case, kind, s, bits):
     nq, ng, d, (h, w), kinds, seed = case
     rng = torch.Generator().manual_seed(seed)
     q, g = make(rng, nq, d, h, w, kinds), make(rng, ng, d, h, w, kinds)
-    m, budget = worn(h, w, shared=shared, kernel_size=s), 2**bits
+    m, budget = worn(h, w, **kind, kernel_size=s), 2**bits
     with torch.no_grad(): z, back, own = (m.score(m(*x)) for x in ((q, g), (g, q), (g, g)))
     torch.testing.assert_close(score_matrix(m, q, g, budget=budget), z, atol=2e-6, rtol=0)
     a, b = score_matrix(m, q, g, both=True, budget=budget)
     torch.testing.assert_close((a, b), (z, back), atol=2e-6, rtol=0)
     mine = score_matrix(m, g, budget=budget)
     torch.testing.assert_close(mine, own, atol=2e-6, rtol=0)
-    if shared: assert torch.equal(mine, mine.T)
+    if kind: assert torch.equal(mine, mine.T)
     assert z.isfinite().all() and ((0 <= z) & (z <= 1)).all()
     for i in range(nq):                                            # a score does not depend on the rest of the batch
         torch.testing.assert_close(score_matrix(m, q[i:i+1], g), z[i:i+1], atol=2e-6, rtol=0)
@@ -236,7 +237,7 @@ def test_correspondences_are_the_maxima(case, s):
     torch.testing.assert_close((x[at(c.query)]*y[at(c.gallery)]).sum(1), c.similarity, atol=1e-6, rtol=0)
     v = best_matches(q[None], g[None], kernel_size=s)[0, 0]
     torch.testing.assert_close(torch.cat([c.similarity[~c.from_query], c.similarity[c.from_query]]), v, atol=1e-6, rtol=0)
-    z = m.bn2((c.contribution.sum()+m.fc.bias).view(1, 1))
+    z = m.bn2((c.contribution.sum()+m.beta).view(1, 1))
     torch.testing.assert_close(z.flatten(), m.logits(v[None]), atol=1e-4, rtol=1e-4)
     assert (correspondences(q, g, .5).similarity > .5).all()
 

@@ -172,13 +172,16 @@ class QAConvMatcher(nn.Module):
         width:int, # Columns `w` of a map
         *,
         shared:bool=False, # One weight per location for both directions: symmetric
+        shared_bias:str='once', # Constant of a shared layer: `once`, or `twice`, with each half
         kernel_size:int=1, # Side of the query's patches, odd
         half:torch.dtype|None=None, # torch.bfloat16 or float16 for the product in `forward`
         budget:int=2**28, # Bytes for the product's working memory in `forward`
     ):
         super().__init__()
         if kernel_size<1 or kernel_size%2==0: raise ValueError(f'kernel_size={kernel_size}: must be odd')
-        self.height, self.width, self.shared = height, width, shared
+        if shared_bias not in ('once', 'twice')[:1+shared]: raise ValueError(
+            f"shared_bias={shared_bias!r}: 'once', or 'twice' where shared=True")
+        self.height, self.width, self.shared, self.shared_bias = height, width, shared, shared_bias
         self.kernel_size, self.half, self.budget = kernel_size, half, budget
         self.bn1, self.bn2 = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
         self.fc = nn.Linear(height*width*(1 if shared else 2), 1)
@@ -201,14 +204,23 @@ class QAConvMatcher(nn.Module):
         "Test score of a logit"
         return torch.sigmoid(z/10)
 
-    def check(self, *maps):
-        "Raise when a map is not of this matcher's size"
-        for x in maps:
-            if tuple(x.shape[2:])!=(self.height, self.width):
-                raise ValueError(f'maps of {tuple(x.shape[2:])} locations; this matcher has '
-                                 f'weights for ({self.height}, {self.width})')
-
 # %% ../../nbs/ranking/40_matching.ipynb #255f314b
+@patch
+def check(self:QAConvMatcher,
+    *maps, # Sets of maps, `(N,d,h,w)`
+)->None: # Nothing, or an error
+    "Raise when a map is not of this matcher's size"
+    for x in maps:
+        if tuple(x.shape[2:])!=(self.height, self.width):
+            raise ValueError(f'maps of {tuple(x.shape[2:])} locations; this matcher has '
+                             f'weights for ({self.height}, {self.width})')
+
+@patch(as_prop=True)
+def beta(self:QAConvMatcher,
+)->Tensor: # `(1,)`
+    "The constant before the last normalisation: the bias of the layer, as often as it is added"
+    return self.fc.bias*2 if self.shared_bias=='twice' else self.fc.bias
+
 @patch
 def logits(self:QAConvMatcher,
     v:Tensor, # Maxima `[b; a]` of each pair, `(...,2hw)`
@@ -218,7 +230,7 @@ def logits(self:QAConvMatcher,
         v = v if v.dtype==torch.float64 else v.float()
         x = self.bn1(v.reshape(-1, 1, v.shape[-1])).view(v.shape)
         if self.shared: x = x.unflatten(-1, (2, -1)).sum(-2)
-        return self.bn2(self.fc(x).view(-1, 1)).view(v.shape[:-1])
+        return self.bn2(F.linear(x, self.fc.weight, self.beta).view(-1, 1)).view(v.shape[:-1])
 
 # %% ../../nbs/ranking/40_matching.ipynb #190c30b2
 @torch.no_grad()
@@ -227,7 +239,7 @@ def _folded(matcher):
     gain = [bn.weight.double()/(bn.running_var.double()+bn.eps).sqrt() for bn in (matcher.bn1, matcher.bn2)]
     shift = [bn.bias.double()-bn.running_mean.double()*k for bn,k in zip((matcher.bn1, matcher.bn2), gain)]
     w = matcher.fc.weight[0].double().repeat(2 if matcher.shared else 1)
-    const = gain[1]*(shift[0]*w.sum()+matcher.fc.bias.double()) + shift[1]
+    const = gain[1]*(shift[0]*w.sum()+matcher.beta.double()) + shift[1]
     return (w*gain[0]*gain[1]).float().view(2, -1), const.item()
 
 def _kernel(q, kernel):
