@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from reidnb.ranking.matching import (
     best_matches, correspondences, global_feature, patches, prefilter, prefilter_recall,
-    QAConv, score_matrix, unit_maps)
+    QAConvMatcher, score_matrix, unit_maps)
 
 
 def pair(q, g, s):
@@ -46,7 +46,7 @@ def make(rng, n, d, h, w, kinds):
 def worn(h, w, **kw):
     "A matcher in eval mode with statistics and weights of its own"
     torch.manual_seed(h*w)
-    m = QAConv(h, w, **kw)
+    m = QAConvMatcher(h, w, **kw)
     for _ in range(5): m(unit_maps(torch.randn(4, 6, h, w)), unit_maps(torch.randn(4, 6, h, w)))
     for p in m.parameters(): p.data += .3*torch.randn_like(p)
     return m.eval()
@@ -71,19 +71,20 @@ def test_best_matches_equal_loops(case, other, s, bits):
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases, st.booleans(), st.sampled_from([1, 3]), st.integers(0, 16))
-def test_scores_equal_the_matcher(case, shared, s, bits):
+@given(cases, st.sampled_from([{}, dict(shared=True), dict(shared=True, shared_bias='twice')]), st.sampled_from([1, 3]),
+       st.integers(0, 16))
+def test_scores_equal_the_matcher(case, kind, s, bits):
     nq, ng, d, (h, w), kinds, seed = case
     rng = torch.Generator().manual_seed(seed)
     q, g = make(rng, nq, d, h, w, kinds), make(rng, ng, d, h, w, kinds)
-    m, budget = worn(h, w, shared=shared, kernel_size=s), 2**bits
+    m, budget = worn(h, w, **kind, kernel_size=s), 2**bits
     with torch.no_grad(): z, back, own = (m.score(m(*x)) for x in ((q, g), (g, q), (g, g)))
     torch.testing.assert_close(score_matrix(m, q, g, budget=budget), z, atol=2e-6, rtol=0)
     a, b = score_matrix(m, q, g, both=True, budget=budget)
     torch.testing.assert_close((a, b), (z, back), atol=2e-6, rtol=0)
     mine = score_matrix(m, g, budget=budget)
     torch.testing.assert_close(mine, own, atol=2e-6, rtol=0)
-    if shared: assert torch.equal(mine, mine.T)
+    if kind: assert torch.equal(mine, mine.T)
     assert z.isfinite().all() and ((0 <= z) & (z <= 1)).all()
     for i in range(nq):                                            # a score does not depend on the rest of the batch
         torch.testing.assert_close(score_matrix(m, q[i:i+1], g), z[i:i+1], atol=2e-6, rtol=0)
@@ -147,7 +148,7 @@ def test_gradient_equals_plain_differentiation(case, s, bits):
 @pytest.mark.parametrize('shared', [True, False])
 def test_gradcheck_of_the_whole_matcher(shared):
     torch.manual_seed(0)
-    m = QAConv(3, 2, shared=shared).double()
+    m = QAConvMatcher(3, 2, shared=shared).double()
     q, g = (torch.randn(n, 4, 3, 2, dtype=torch.double, requires_grad=True) for n in (2, 3))
     for train in (False, True):
         m.train(train)
@@ -160,7 +161,7 @@ def test_half_precision(dtype, eps):
     torch.manual_seed(0)
     q, g = unit_maps(torch.randn(6, 128, 12, 4)), unit_maps(torch.randn(9, 128, 12, 4))
     torch.testing.assert_close(best_matches(q, g, half=dtype), best_matches(q, g), atol=eps, rtol=0)
-    m = QAConv(12, 4); m(q, g); m.eval()
+    m = QAConvMatcher(12, 4); m(q, g); m.eval()
     exact = score_matrix(m, q, g)
     torch.testing.assert_close(score_matrix(m, q, g, half=dtype), exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(score_matrix(m, q.to(dtype), g.to(dtype)), exact, atol=1e-3, rtol=0)   # maps stored in half
@@ -189,7 +190,7 @@ def test_training_learns_and_saves(tmp_path):
         x = torch.randn(12, 16, 24)
         for i in range(12): x[i, :, torch.randperm(24)[:6]] = people[i]
         return unit_maps(x.view(12, 16, 6, 4))
-    m, y = QAConv(6, 4), torch.eye(12)
+    m, y = QAConvMatcher(6, 4), torch.eye(12)
     opt = torch.optim.SGD(m.parameters(), .05, momentum=.9)
     for _ in range(60):
         loss = F.binary_cross_entropy_with_logits(m(images(), images(), detach=True), y, reduction='none').sum(1).mean()
@@ -198,7 +199,7 @@ def test_training_learns_and_saves(tmp_path):
     s = score_matrix(m.eval(), q, g)
     assert (s.argmax(1) == torch.arange(12)).float().mean() > .9
     torch.save(m.state_dict(), tmp_path/'m.pt')
-    again = QAConv(6, 4); again.load_state_dict(torch.load(tmp_path/'m.pt'))
+    again = QAConvMatcher(6, 4); again.load_state_dict(torch.load(tmp_path/'m.pt'))
     assert torch.equal(score_matrix(again.eval(), q, g), s)
 
 
@@ -236,7 +237,7 @@ def test_correspondences_are_the_maxima(case, s):
     torch.testing.assert_close((x[at(c.query)]*y[at(c.gallery)]).sum(1), c.similarity, atol=1e-6, rtol=0)
     v = best_matches(q[None], g[None], kernel_size=s)[0, 0]
     torch.testing.assert_close(torch.cat([c.similarity[~c.from_query], c.similarity[c.from_query]]), v, atol=1e-6, rtol=0)
-    z = m.bn2((c.contribution.sum()+m.fc.bias).view(1, 1))
+    z = m.bn2((c.contribution.sum()+m.beta).view(1, 1))
     torch.testing.assert_close(z.flatten(), m.logits(v[None]), atol=1e-4, rtol=1e-4)
     assert (correspondences(q, g, .5).similarity > .5).all()
 
@@ -246,10 +247,10 @@ def test_empty_and_wrong():
     q = unit_maps(torch.randn(2, 6, 3, 2))
     assert score_matrix(m, q, q[:0]).shape == (2, 0) and score_matrix(m, q[:0], q).shape == (0, 2)
     assert score_matrix(m, q[:0]).shape == (0, 0) and best_matches(q, q[:0]).shape == (2, 0, 12)
-    for fault, call in {'training mode': lambda: score_matrix(QAConv(3, 2), q, q),
+    for fault, call in {'training mode': lambda: score_matrix(QAConvMatcher(3, 2), q, q),
                         'weights for (3, 2)': lambda: m(q, unit_maps(torch.randn(2, 6, 2, 3))),
                         'use unit_maps first': lambda: score_matrix(m, 2*q, q),
-                        'must be odd': lambda: QAConv(3, 2, kernel_size=2)}.items():
+                        'must be odd': lambda: QAConvMatcher(3, 2, kernel_size=2)}.items():
         with pytest.raises(ValueError) as e: call()
         assert fault in str(e.value)
 
@@ -333,7 +334,7 @@ def bench(full=True, repeats=3):
     torch.manual_seed(0)
     nq, ng, d, h, w = (64, 256, 128, 24, 8) if full else (8, 32, 128, 12, 4)
     q, g = unit_maps(torch.randn(nq, d, h, w)), unit_maps(torch.randn(ng, d, h, w))
-    m = QAConv(h, w); m(q[:4], g[:4]); m.eval()
+    m = QAConvMatcher(h, w); m(q[:4], g[:4]); m.eval()
     a, b = (x.flatten(2).transpose(1, 2).reshape(-1, d).contiguous() for x in (q, g))
     space = torch.empty(len(a), 16*h*w)
     def bare():

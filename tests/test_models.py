@@ -37,6 +37,23 @@ def test_settings_classes_that_moved_are_found(old, tmp_path):
     assert load_model(path, cls=Toy).settings == Settings(epochs=7)
 
 
+@pytest.mark.parametrize('old', ['reidnb.methods.qaconv:QAConvMethod', 'reidnb.qaconv:QAConvMethod'])
+def test_a_method_whose_class_was_renamed_is_found(old, tmp_path):
+    cls, settings = recipe('qaconv-small')
+    torch.manual_seed(0)
+    made = cls(settings).eval()
+    path = save_model(made, tmp_path / 'a.safetensors')
+    meta, state = header(path)
+    assert meta['method'] == 'reidnb.methods.qaconv:QAConv'
+    kind = old.split(':')[0] + ':QAConvSettings'
+    path.write_bytes(safetensors.torch.save(state, metadata=meta | {'method': old, 'settings_class': kind}))
+    back = load_model(path)
+    assert type(back) is cls and back.settings == settings
+    x = torch.rand(2, 3, settings.height, settings.width)
+    with torch.no_grad(): a, b = made.embed(x), back.embed(x)
+    assert torch.equal(a, b) and torch.equal(made.distance(a, a), back.distance(b, b))
+
+
 @pytest.mark.parametrize('name', [n for n in RECIPES if n.endswith('small')])
 def test_every_small_recipe_comes_back_from_its_file(name, tmp_path):
     cls, settings = recipe(name)

@@ -15,10 +15,11 @@ from children import STILL, agree, finish, keep_gradient, plain, same, smooth, s
 from reidnb.core.precision import safe_bf16
 from reidnb.data.crops import ReIDData
 from reidnb.data.toys import toy_crops
+from reidnb.data.transforms import IMAGENET_MEAN, IMAGENET_STD, test_transform as plain_pixels
 from reidnb.networks.extraction import extract
 from reidnb.ranking.matching import best_matches, global_feature
 from reidnb.methods.qaconv import (
-    combine_all, contributions, explore_matches, LOSSES, MapEncoder, MatchView, QAConvMethod,
+    combine_all, contributions, explore_matches, LOSSES, MapEncoder, MatchView, QAConv,
     QAConvSettings)
 from reidnb.core.distributed import global_batch_norm, rank_size
 from reidnb.practice.gallery import build_gallery
@@ -42,7 +43,7 @@ def toy(): return toy_crops(n_ids=8, n_cams=2, n_each=2)
 
 def method(**changes):
     seed_everything(0)
-    return QAConvMethod(settings(**changes), toy())
+    return QAConv(settings(**changes), toy())
 
 
 def first_batches(m, n=1): return [b for b, _ in zip(m.epoch(0), range(n))]
@@ -50,7 +51,7 @@ def first_batches(m, n=1): return [b for b, _ in zip(m.epoch(0), range(n))]
 
 # ------------------------------------------------------------------------------------------ runs in processes
 
-class Killed(QAConvMethod):
+class Killed(QAConv):
     "Dies by signal 9 in the middle of an epoch; draws from the global generator as dropout would"
     kill_at = 0
 
@@ -64,7 +65,7 @@ class Killed(QAConvMethod):
 
 
 def child(out, loss, kill_at=0):
-    cls = Killed if loss == 'focal' else QAConvMethod
+    cls = Killed if loss == 'focal' else QAConv
     s = settings(loss=loss, global_weight=.1, margin=1., **({} if loss == 'focal' else STILL))
     seed_everything(s.seed)
     m = cls(s, toy())
@@ -224,7 +225,10 @@ def test_a_set_with_itself_is_one_product_with_the_same_numbers(changes, dtype, 
 
 # ------------------------------------------------------------------------------------------ what a place adds, and looking at it
 
-@pytest.mark.parametrize('changes', [{}, dict(shared=True), dict(kernel_size=3)], ids=lambda c: '-'.join(c) or 'default')
+SWITCHES = [{}, dict(shared=True), dict(shared=True, shared_bias='twice'), dict(kernel_size=3)]
+
+
+@pytest.mark.parametrize('changes', SWITCHES, ids=lambda c: '-'.join(c) or 'default')
 def test_contributions_add_up_to_the_logit(changes):
     m = method(dim=5, **changes).eval()
     torch.nn.init.normal_(m.matcher.fc.weight)
@@ -232,7 +236,7 @@ def test_contributions_add_up_to_the_logit(changes):
     q, g = maps(1, 1, shape=m.encoder.shape)
     parts = contributions(q[0], g[0], m.matcher)
     assert parts.shape == (2, *m.encoder.shape[1:]) and len(parts.unique()) > 10
-    with torch.no_grad(): z = m.matcher.bn2((parts.sum() + m.matcher.fc.bias)[None])
+    with torch.no_grad(): z = m.matcher.bn2((parts.sum() + m.matcher.beta)[None])
     assert torch.allclose(z, m.matcher(q, g), atol=1e-4)
 
 
@@ -337,6 +341,52 @@ def test_second_batch_counts_seen_classes_only():
     assert abs(got.item() - want.item()) < 1e-4
 
 
+@pytest.mark.parametrize('loss', ['focal', 'bce', 'softmax'])
+def test_masked_classes_in_the_statistics(loss):
+    "`all`: every class is matched, also on the first batch, and the loss is that of the columns seen"
+    a, b = (method(loss=loss, masked_statistics=k) for k in ('seen', 'all'))
+    one, two = first_batches(a, 2)
+    assert sum(a(one).values()).item() == sum(b(one).values()).item() == 0
+    assert a.matcher.bn1.num_batches_tracked == 0 and b.matcher.bn1.num_batches_tracked == 1
+    for m in (a, b): m.after_step(one)
+    cols, y = b.memory.seen.nonzero()[:, 0].tolist(), b.labels[two.index].tolist()
+    assert 0 < len(cols) < len(b.memory.seen)
+    twin = method(loss=loss, masked_statistics='all')
+    twin.load_state_dict(b.state_dict())
+    z = twin.matcher(twin.encoder(two.images), twin.memory.maps)[:, cols]
+    if loss == 'softmax': want = -sum(z[i].log_softmax(0)[cols.index(c)] for i, c in enumerate(y) if c in cols) / len(y)
+    else:
+        p = torch.sigmoid(torch.stack([z[:, n] * torch.tensor([1. if c == j else -1. for c in y]) for n, j in enumerate(cols)], 1))
+        want = -((1 - p) ** (2 if loss == 'focal' else 0) * p.log()).sum() / len(y)
+    got, other = sum(b(two).values()), sum(a(two).values())
+    assert abs(got.item() - want.item()) < 1e-4 < abs(got.item() - other.item())
+    for k in ('bn1', 'bn2'): assert torch.allclose(getattr(b.matcher, k).running_mean, getattr(twin.matcher, k).running_mean, atol=1e-6)
+
+
+def test_masked_statistics_change_nothing_once_every_class_is_seen():
+    x, loss = maps(8, shape=(16, 8, 4))[0], {}
+    for k in ('seen', 'all'):
+        m = method(masked_statistics=k)
+        m.memory.update(torch.arange(8), x)
+        loss[k] = m.against_memory(x.flip(1), torch.arange(8)).item()
+    assert loss['seen'] == loss['all'] > 0
+
+
+def test_a_shared_constant_added_twice():
+    "The layer on each half, as release 2.1 adds them: same training, every logit of a test shifted by one constant"
+    a, b = (method(shared=True, shared_bias=k) for k in ('once', 'twice'))
+    batches = first_batches(a, 2)
+    losses = [[(m(x)['focal'].item(), m.after_step(x))[0] for x in batches] for m in (a, b)]
+    assert np.allclose(*losses, atol=1e-5) and losses[0][1] > 0
+    b.load_state_dict(a.state_dict())
+    (x,), a, b = maps(5, shape=a.encoder.shape), a.eval().matcher, b.eval().matcher
+    v = b.bn1(best_matches(x, x).view(25, 1, -1)).view(25, 2, -1)
+    z = b.bn2(b.fc(v[:, 0]) + b.fc(v[:, 1])).view(5, 5)
+    assert torch.allclose(b(x, x), z, atol=1e-5)
+    apart = a.fc.bias * a.bn2.weight / (a.bn2.running_var + a.bn2.eps).sqrt()
+    assert abs(apart) > .01 and torch.allclose(b(x, x) - a(x, x), apart.expand(5, 5), atol=1e-4)
+
+
 def test_gamma_zero_is_binary_cross_entropy():
     def loss(**k):
         m = method(**k)
@@ -432,7 +482,7 @@ def test_bf16_run_is_finite(tmp_path):
 
 def test_defaults_are_those_of_the_table():
     s = QAConvSettings()
-    want = dict(height=384, width=128, cut_at='layer3', neck='3x3+bn', dim=128, kernel_size=1, shared=False, loss='focal', focus=2.,
+    want = dict(height=384, width=128, cut_at='layer3', neck='3x3+bn', dim=128, kernel_size=1, shared=False, shared_bias='once', masked_statistics='seen', loss='focal', focus=2.,
                 memory_keep=0., mask_unseen=True, occlusion='ro', batch_size=32, optimizer='sgd', lr=.01, backbone_lr=.1,
                 weight_decay=5e-4, epochs=60, steps=(40,), gamma=.1, decay='steps', warmup=0, precision='no', clip=0., normalise=False)
     assert {k: getattr(s, k) for k in want} == want
@@ -456,13 +506,28 @@ def test_size_of_the_map(cut, stride, size):
     with pytest.raises(ValueError, match='give maps'): e(torch.zeros(1, 3, 128, 64))
 
 
-def test_pixels_without_mean():
-    "The test pipeline subtracts the mean; without `normalise` the network sees pixels in [0,1] again"
-    e, x = MapEncoder(settings()), torch.rand(2, 3, 64, 32)
-    seen = []
-    e.backbone.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    e((x - e.mean) / e.std)
-    assert torch.allclose(seen[0], x, atol=1e-5)
+@pytest.mark.parametrize('normalise', [False, True])
+def test_one_layer_decides_what_the_backbone_reads(normalise, monkeypatch):
+    "Loader and `extract` give the same normalised crops either way; the published network reads pixels in [0,1]"
+    m, crops = method(normalise=normalise, occlusion='none'), toy()
+    read, seen, given = plain_pixels(64, 32, mean=None), [], []
+    m.encoder.backbone.register_forward_pre_hook(lambda net, a: seen.append(a[0]))
+    m.encoder.register_forward_pre_hook(lambda net, a: given.append(a[0]))
+    batch, = first_batches(m)
+    m(batch), extract(m, crops, height=64, width=32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    raw = torch.stack([read(crops.image(i)) for i in batch.index.tolist()])
+    flat = [x.mean((2, 3)) for x in ((raw - mean) / std, given[0], raw, seen[0])]     # a flip may be among them
+    assert torch.allclose(flat[1], flat[0], atol=1e-4) and torch.allclose(flat[3], flat[0 if normalise else 2], atol=1e-4)
+    raw = torch.stack([read(crops.image(i)) for i in range(len(crops))])
+    assert torch.allclose(given[1], (raw - mean) / std, atol=1e-5)
+    assert torch.allclose(seen[1], given[1] if normalise else raw, atol=1e-5)
+
+
+def test_the_pixel_layer_has_no_weights():
+    "Files written before it existed hold all that is needed"
+    a, b = (method(normalise=k).state_dict() for k in (False, True))
+    assert a.keys() == b.keys() and not any('pixels' in k for k in a)
 
 
 def test_the_model_file_holds_no_memory(tmp_path):
@@ -489,16 +554,17 @@ def test_search_and_score(tmp_path):
 
 @pytest.mark.parametrize('change,say', [(dict(loss='arc'), 'one of'), (dict(batch_size=1), 'at least 2'), (dict(neck='fc'), 'neck'),
                                         (dict(loss='triplet', k=1), 'a triplet needs'), (dict(half='int8'), 'half'), (dict(last_stride=3), '1 or 2'),
-                                        (dict(optimizer='lamb'), 'lamb'), (dict(occlusion='fog'), 'fog'), (dict(backbone='tiny'), 'tiny')])
+                                        (dict(optimizer='lamb'), 'lamb'), (dict(occlusion='fog'), 'fog'), (dict(masked_statistics='none'), "'seen' or 'all'"), (dict(shared_bias='twice'), 'where shared=True'),
+                                        (dict(backbone='tiny'), 'tiny')])
 def test_settings_that_cannot_work_say_so(change, say):
     with pytest.raises(ValueError, match=say): method(**change).optimizer()
 
 
 def test_too_few_people_and_unlabelled_crops():
     c = toy()
-    with pytest.raises(ValueError, match='at least 2'): QAConvMethod(settings(), c[c.pids == 1])
+    with pytest.raises(ValueError, match='at least 2'): QAConv(settings(), c[c.pids == 1])
     mixed = c.replace(pids=np.where(c.pids > 4, -2, c.pids))
-    m = QAConvMethod(settings(batch_size=4), mixed)
+    m = QAConv(settings(batch_size=4), mixed)
     assert all((m.labels[b.index] >= 0).all() for b in m.epoch(0)) and len(m.memory.seen) == 4
 
 

@@ -4,7 +4,7 @@ from reidnb import _face
 __getattr__, __dir__, __all__ = _face(__name__, {
     'registry': 'RECIPES recipe register_method',
     'baseline': 'Baseline BaselineSettings',
-    'qaconv': 'QAConvMethod QAConvSettings explore_matches',
+    'qaconv': 'QAConv QAConvSettings explore_matches',
     'scr': 'SCR SCRSettings',
     'proxies': 'SpCL SpCLSettings CAP CAPSettings',
     'ice': 'ICE ICESettings'})

@@ -22,7 +22,7 @@ from ..neighbours.nearest import knn
 from ..neighbours.reciprocal import encode, jaccard, pair_distances
 from ..ranking.evaluation import evaluate
 from ..ranking.lifting import tlift
-from ..ranking.matching import QAConv, score_matrix
+from ..ranking.matching import QAConvMatcher, score_matrix
 from ..ranking.reranking import rerank, rerank_distances
 
 # %% ../../nbs/practice/36_benchmarks.ipynb #1c71471f
@@ -152,7 +152,7 @@ def _scores(scale, n=12936, clusters=600, cameras=6):
 def _maps(scale):
     g = torch.Generator().manual_seed(0)
     make = lambda n: F.normalize(torch.randn(n, 128, 24, 8, generator=g), dim=1)
-    return QAConv(24, 8).eval(), make(max(1, int(64*scale))), make(max(1, int(256*scale)))
+    return QAConvMatcher(24, 8).eval(), make(max(1, int(64*scale))), make(max(1, int(256*scale)))
 
 # %% ../../nbs/practice/36_benchmarks.ipynb #645c1c1d
 def _qaconv_ours(matcher, q, g): return score_matrix(matcher, q, g)

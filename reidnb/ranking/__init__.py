@@ -5,5 +5,5 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'evaluation': 'Protocol Metrics evaluate evaluate_features cosine_distance',
     'reranking': 'rerank rerank_distances rerank_all rerank_top',
     'lifting': 'tlift tfusion temporal_probability',
-    'matching': 'QAConv score_matrix correspondences draw_matches',
+    'matching': 'QAConvMatcher score_matrix correspondences draw_matches',
     'postprocessing': 'POSTS postprocess'})

@@ -36,7 +36,9 @@ def save_model(
 # %% ../../nbs/training/20_models.ipynb #f424d82c
 _small = Path(reidnb.__file__).parent/'weights'/'small.safetensors'   # trained by tools/pretrain.py
 _MOVED = {'reidnb.contract': 'reidnb.training.method', 'reidnb.training': 'reidnb.training.method',
-          'reidnb.pseudo_labels': 'reidnb.training.labelling'} # Module named in an old file -> module now
+          'reidnb.pseudo_labels': 'reidnb.training.labelling',
+          'reidnb.qaconv': 'reidnb.methods.qaconv'} # Module named in an old file -> module now
+_RENAMED = {'reidnb.methods.qaconv:QAConvMethod': 'QAConv'} # Class named in an old file -> its name now
 _registered = {} # 'module:name' -> class outside the package that model files may name
 
 def register_classes(
@@ -55,7 +57,9 @@ def _named(
     module, _, name = spec.partition(':')
     if spec not in _registered and not module.startswith('reidnb.'): load_plugins()
     if spec in _registered: kind = _registered[spec]
-    elif module.startswith('reidnb.'): kind = getattr(importlib.import_module(_MOVED.get(module, module)), name, None)
+    elif module.startswith('reidnb.'):
+        module = _MOVED.get(module, module)
+        kind = getattr(importlib.import_module(module), _RENAMED.get(f'{module}:{name}', name), None)
     else: raise ValueError(f'the file names {spec}, which is outside this package and not registered: import the '
                            f'module that registers it (or list it in REIDNB_PLUGINS), or give `cls=` and `settings=`')
     if not (isinstance(kind, type) and issubclass(kind, base)):
