@@ -90,6 +90,7 @@ def find_matches(
     q_cams=None, # Camera of each query, int `(Q,)`; not needed without `cross_camera`
     g_cams=None, # Camera of each gallery image, int `(G,)`
     cross_camera:bool=True, # A match must come from another camera
+    need:bool=False, # Raise where no pair is a match
 )->tuple: # Pairs of one person: query index, gallery index, whether a match; three arrays `(M,)`
     "Every query-gallery pair of the same person, by query then gallery index"
     q_pids,g_pids = _labels(q_pids, 'q_pids'), _labels(g_pids, 'g_pids')
@@ -98,10 +99,13 @@ def find_matches(
     n = np.where(q_pids>0, stop-start, 0)
     query = np.repeat(np.arange(len(q_pids)), n)
     gallery = order[np.arange(n.sum()) + np.repeat(start-np.cumsum(n)+n, n)]
-    if not cross_camera: return query, gallery, np.ones(len(query), bool)
-    q_cams = _labels(q_cams, 'q_cams', len(q_pids), q_pids)
-    g_cams = _labels(g_cams, 'g_cams', len(g_pids), g_pids)
-    return query, gallery, q_cams[query]!=g_cams[gallery]
+    match = np.ones(len(query), bool)
+    if cross_camera:
+        q_cams = _labels(q_cams, 'q_cams', len(q_pids), q_pids)
+        g_cams = _labels(g_cams, 'g_cams', len(g_pids), g_pids)
+        match = q_cams[query]!=g_cams[gallery]
+    if need and not match.any(): raise ValueError(_no_match(q_pids, g_pids, _plain(q_cams), _plain(g_cams)))
+    return query, gallery, match
 
 # %% ../../nbs/ranking/10_evaluation.ipynb #67df878d
 def _plain(x):
@@ -265,8 +269,7 @@ def _evaluate(rows, n_query, n_gallery, labels, protocol, step):
     "Score distances that come in blocks: `rows(a,b)` gives those of queries `a` to `b`"
     q_pids,g_pids,q_cams,g_cams = labels
     q_pids,g_pids = _labels(q_pids, 'q_pids', n_query), _labels(g_pids, 'g_pids', n_gallery)
-    query,gallery,match = find_matches(q_pids, g_pids, q_cams, g_cams, protocol.cross_camera)
-    if not match.any(): raise ValueError(_no_match(q_pids, g_pids, _plain(q_cams), _plain(g_cams)))
+    query,gallery,match = find_matches(q_pids, g_pids, q_cams, g_cams, protocol.cross_camera, need=True)
     draws = list(_draws(query, match, g_pids, protocol))
     before = np.zeros((len(draws), len(query)), np.int64)
     for a in range(0, n_query, step):

@@ -6,6 +6,7 @@
 __all__ = ['Ranking', 'own_distance', 'rank', 'score', 'embed_tracklets', 'compare_pooling']
 
 # %% ../../nbs/training/30_scoring.ipynb #e190e653
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -93,8 +94,14 @@ def _sides(data, per):
     data.need('query', 'gallery')
     if per=='auto': per = 'tracklet' if is_video(data) else 'crop'
     if per=='crop': return per, data, (data.query, data.gallery)
-    data = by_tracklet(data)
+    if not _whole_walks(data): data = by_tracklet(data)
     return per, data, tuple(map(tracklet_table, (data.query, data.gallery)))
+
+def _whole_walks(data):
+    "Whether no walk is torn: a walk that asks and answers is whole on both sides"
+    q, g = (Counter(zip(c.pids.tolist(), c.cams.tolist(), c.tracks.tolist())) for c in (data.query, data.gallery))
+    known = all((c.tracks>=0).all() for c in (data.query, data.gallery))
+    return known and all(q[k]==g[k] for k in q.keys() & g.keys())
 
 def _check_labels(query, gallery, protocol):
     "Whether the sides can be scored; raises where their labels are wrong or nothing has an answer"
