@@ -288,6 +288,14 @@ def test_the_ranked_list_leaves_out_the_own_camera():
     assert shown[:last] == [c.file_name(int(j)) for j in d.argsort(stable=True)[:last]]
 
 
+@pytest.mark.parametrize('pid,say', [(0, 'a false alarm or a stranger'), (-2, 'not known who'), (99, 'another person')])
+def test_the_view_says_who_it_shows(pid, say):
+    pytest.importorskip('ipywidgets')
+    m, c = method().eval(), toy()
+    v = explore_matches(m, c[c.cams == 0], c.replace(pids=np.full(len(c), pid)))
+    assert f', {say}, ' in v.text.value
+
+
 def test_a_view_is_a_picture_unless_someone_looks(monkeypatch):
     for name in ('JPY_SESSION_NAME', 'VSCODE_PID'): monkeypatch.delenv(name, raising=False)
     _, _, v = view()

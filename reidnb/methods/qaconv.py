@@ -347,6 +347,7 @@ def _ranked(method, row, g, query, gallery):
 
 def _same(query, gallery, i, j):
     known = query.pids[i]>0 and gallery.pids[j]>=0
+    if known and not gallery.pids[j]: return 'a false alarm or a stranger'
     return 'not known who' if not known else \
         'the same person' if query.pids[i]==gallery.pids[j] else 'another person'
 
