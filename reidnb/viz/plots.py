@@ -118,7 +118,8 @@ def _draw_density(ax, v, x, **style):
     step = x[1]-x[0]
     counts = np.histogram(v, np.r_[x-step/2, x[-1]+step/2])[0]
     counts = np.convolve(counts, [1,2,1], 'same')      # equal values have a width too
-    sns.kdeplot(x=x, weights=counts, bw_method=len(v)**-.2, clip=(x[0], x[-1]), ax=ax, **style)
+    sns.kdeplot(x=x, weights=counts, bw_method=len(v)**-.2, clip=(x[0], x[-1]), gridsize=100,
+                ax=ax, **style)
 
 def _claim(groups):
     "The sentence above the distributions"
