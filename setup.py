@@ -22,7 +22,7 @@ setup(
     keywords=cfg["keywords"],
     url=cfg["git_url"],
     packages=find_packages(include=["reidnb", "reidnb.*"]),
-    package_data={"reidnb": ["weights/*"]},
+    package_data={"reidnb": ["weights/*", "templates/*.j2"]},
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

@@ -1,19 +1,27 @@
 "The report: whatever is given or missing, one page that is whole, loads nothing, and shows no markup from outside."
 import os
 import re
+import subprocess
+import sys
+import zipfile
 from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from reidnb.data.checks import Finding
 from reidnb.data.crops import Crops, ReIDData
 from reidnb.data.toys import toy_crops
 from reidnb.ranking.evaluation import cosine_distance, evaluate
-from reidnb.practice.report import _SECTIONS, write_report
+from reidnb.practice.report import _SECTIONS, _templates, write_report
 from reidnb.training.scoring import Outcome
 
 VOID = {'meta', 'img', 'br'}
+WORDS = {s['key']: s for s in _templates().get_template('report_parts.html.j2').module.sections}
+MISSING = {k: s['missing'] for k, s in WORDS.items() if 'missing' in s}
 
 
 class Reader(HTMLParser):
@@ -106,10 +114,10 @@ def test_what_is_missing_says_why(tmp_path):
     data = toy()
     _, words = read(write_report(tmp_path/'r.html', data, Outcome()))
     for key in ('numbers', 'training', 'ranked', 'curves', 'distances', 'plane', 'timing'):
-        assert _SECTIONS[key].missing and _SECTIONS[key].missing in words
+        assert MISSING[key] in words
     _, words = read(write_report(tmp_path/'r.html', ReIDData(train=data.gallery, name='only train'),
                                  Outcome(log=LOG, card=CARD)))
-    assert 'loss' in words and _SECTIONS['ranked'].missing in words
+    assert 'loss' in words and MISSING['ranked'] in words
     read(write_report(tmp_path/'r.html', ReIDData(), Outcome()))
 
 
@@ -131,34 +139,66 @@ def test_any_data(tmp_path, labels, cams, times, n_ids, n_cams, models, pictures
     text, words = read(write_report(tmp_path/'r.html', data, found, pictures=pictures))
     assert ('data:image/jpeg' in text) == pictures
     assert ('unknown' in words) >= (not cams)
-    if not labels: assert _SECTIONS['numbers'].missing in words
+    if not labels: assert MISSING['numbers'] in words
 
 
-BAD = ['<script>alert(1)</script>', '--><script>', ']]><script>', '"><img src=x onerror=alert(1)>', "' onload='x", '$\\frac{', '_hidden', '&amp;', 'ü 人 \u202e',
+BAD = ['{{ 7*7 }}{% raw %}', '<b>', '<script>alert(1)</script>', '--><script>', ']]><script>', '"><img src=x onerror=alert(1)>', "' onload='x", '$\\frac{', '_hidden', '&amp;', 'ü 人 \u202e',
        '</style><b>', '{x}', '\\', '%s', 'a\nb']
 
 
 @pytest.mark.parametrize('bad', BAD)
 def test_hostile_text_stays_text(tmp_path, bad):
-    data = toy()
+    "In every place where a text of the user lands it is shown letter by letter, and none is markup"
+    data, places = toy(), []
+    def at(place):
+        places.append(f'{bad}{place}')
+        return places[-1]
     n = len(data.gallery)
-    data.gallery = data.gallery.replace(extra={'file': np.array([bad]*n), 'raw_cam': np.array([bad]*n)}, notes=[bad])
-    data.query = data.query.replace(extra={'file': np.array([bad]*len(data.query))})
-    data.name, data.licence, data.notes, data.dropped = bad, bad, [bad], {bad: 3}
-    card = dict(CARD, settings={bad: bad}, hardware=bad, seconds={bad: 1.})
+    data.gallery = data.gallery.replace(extra={'file': np.array([bad]*n), 'raw_cam': np.array([at('camera')]*n)}, notes=[at('note')])
+    data.query = data.query.replace(extra={'file': np.array([at('file')]*len(data.query))})
+    data.name, data.licence, data.notes, data.dropped = at('name'), at('licence'), [at('data note')], {at('dropped'): 3}
+    card = dict(CARD, settings={at('key'): at('value')}, hardware=at('hardware'))
     log = [r | {bad: 1.} if 'loss' in r else r for r in LOG]
-    found = {bad: outcome(data, .3, log=log, card=card), bad+' 2': outcome(data, 2., log=log, card=card)}
-    text, words = read(write_report(tmp_path/'r.html', data, found, title=bad, intro=bad, seconds={bad: 2.}))
-    for x in ('<script', '<img src=x', '</style><b>'):
-        if x in bad: assert x not in text
-    assert ' '.join(bad.split()) in words
+    found = {at('first'): outcome(data, .3, log=log, card=card), bad: outcome(data, .3), at('last'): outcome(data, 2., log=log, card=card)}
+    finding = Finding(at('level'), at('what'), at('where'), at('fix'))
+    text, words = read(write_report(tmp_path/'r.html', data, found, intro=at('intro'), seconds={at('stage'): 2.}, findings=[finding]))
+    for x in ('<script', '<img src=x', '</style><b>', '<b>name'):
+        if bad.startswith(x): assert x not in text
+    for x in places: assert ' '.join(x.split()) in words, x
+    _, words = read(write_report(tmp_path/'r.html', data, found, title=at('title')))
+    assert ' '.join(places[-1].split()) in words
+    if '$' not in bad: assert words.count(' '.join(bad.split())) > 20
+
+
+def test_an_unknown_name_in_a_template_is_an_error():
+    from jinja2 import UndefinedError
+    parts = _templates().get_template('report_parts.html.j2').module
+    for key in _SECTIONS:
+        with pytest.raises((UndefinedError, TypeError)): getattr(parts, key)({} if key not in ('curves', 'distances', 'plane') else [{}])
+    assert _templates().autoescape and set(WORDS) == set(_SECTIONS)
+
+
+def test_a_wheel_carries_the_templates(tmp_path):
+    "Built without network from a copy; what lies in the package's folder is what the loader reads"
+    root = Path(__file__).parent.parent
+    mine = {p.name for p in files('reidnb').joinpath('templates').iterdir()}
+    assert {'report.html.j2', 'report_parts.html.j2', 'report.css.j2'} <= mine
+    for f in ('setup.py', 'settings.ini', 'MANIFEST.in', 'README.md', 'pyproject.toml', 'LICENSE'): (tmp_path/f).write_bytes((root/f).read_bytes())
+    for p in (root/'reidnb').rglob('*'):
+        if p.suffix in ('.py', '.j2'):
+            to = tmp_path/p.relative_to(root); to.parent.mkdir(parents=True, exist_ok=True); to.write_bytes(p.read_bytes())
+    code = 'from setuptools.build_meta import build_wheel; build_wheel("wheels")'
+    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    names = zipfile.ZipFile(next((tmp_path/'wheels').glob('*.whl'))).namelist()
+    assert {f'reidnb/templates/{n}' for n in mine} <= set(names)
 
 
 def test_pictures_false_shows_no_crop(tmp_path):
     data = toy()
     text, words = read(write_report(tmp_path/'r.html', data, outcome(data), pictures=False))
     assert '<img' not in text and 'image/jpeg' not in text
-    assert 'written without pictures' in words and _SECTIONS['ranked'].missing in words
+    assert 'written without pictures' in words and MISSING['ranked'] in words
 
 
 def test_big_noisy_crops_stay_below_the_limit(tmp_path):

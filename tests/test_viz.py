@@ -1,5 +1,6 @@
 """Pictures on odd input: one camera, many cameras, no labels, tensors, gaps in the log."""
-import base64, io, xml.dom.minidom
+import base64, io, re, xml.dom.minidom
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
-from reidnb.core.figures import HUES, RIGHT, caption, contact_sheet, data_uri, legend_strip, picture, tile, tile_sheet
+from reidnb.core.figures import PALETTE, RIGHT, caption, contact_sheet, data_uri, legend_strip, picture, tile, tile_sheet
 from reidnb.data.crops import Crops
 from reidnb.data.toys import toy_crops
 from reidnb.ranking.evaluation import evaluate
@@ -103,8 +104,8 @@ def test_nothing_covers_a_crop(height):
     d = np.arange(16.).reshape(2, 8)
     labels = np.array([0, 0, 0, 1, 1, -1, 0, 1])
     sheets = [(ranked_lists(q, g, d, **kw), 18, 112), (camera_board(g, **kw), 8, 96),
-              (contact_sheet(g, frames=HUES[:7]+[RIGHT], labels=[f'a long label {i}' for i in range(8)],
-                             legend={'right': RIGHT, 'left': HUES[0]}, **kw), 8, 96),
+              (contact_sheet(g, frames=PALETTE[:7]+[RIGHT], labels=[f'a long label {i}' for i in range(8)],
+                             legend={'right': RIGHT, 'left': PALETTE[0]}, **kw), 8, 96),
               (cluster_sheet(g, labels, which=[0, 1, -1], **kw), 8, 96),
               (people_sheet(g, labels, people=[1, 2, 3], **kw), 6, 96)]
     for image, n, default in sheets:
@@ -149,10 +150,10 @@ def test_legends_name_the_frames_that_occur():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text('abc xyz', min_size=1, max_size=30), min_size=1, max_size=6, unique=True), st.integers(1, 600))
 def test_a_legend_keeps_its_width(texts, width):
-    alone = [legend_strip({t: HUES[0]}, 1).width for t in texts]
-    strip = legend_strip(dict.fromkeys(texts, HUES[0]), width)
+    alone = [legend_strip({t: PALETTE[0]}, 1).width for t in texts]
+    strip = legend_strip(dict.fromkeys(texts, PALETTE[0]), width)
     assert strip.width <= max(width, *alone)
-    assert strip.height <= len(texts)*legend_strip({texts[0]: HUES[0]}, 1).height
+    assert strip.height <= len(texts)*legend_strip({texts[0]: PALETTE[0]}, 1).height
 
 
 def test_a_sheet_of_ragged_rows():
@@ -310,3 +311,35 @@ def test_pictures_are_small_valid_and_repeat():
     assert back.size == image.size
     plain = Figure(); plain.subplots().plot([1, 2])
     assert data_uri(plain).startswith('data:image/svg')
+
+
+# Colours that are no part of a figure of the house
+OTHER_COLOURS = {'core/figures.py': 'the palette itself', 'data/toys.py': 'clothes and skin of the drawn people',
+                 'ranking/lifting.py': 'its page is being written anew'}
+
+
+def test_the_palette_stands_once():
+    "A module that draws names its colours; it does not write them down again"
+    root = Path(__file__).parent.parent/'reidnb'
+    found = {p.relative_to(root).as_posix() for p in root.rglob('*.py') if re.search(r'[\'"]#([0-9a-fA-F]{3}){1,2}\b', p.read_text())}
+    assert 'core/figures.py' in found and not found-set(OTHER_COLOURS)
+
+
+@pytest.mark.parametrize('terms', [1, 2, 7])
+@pytest.mark.parametrize('rise', [1, -1])
+def test_the_legend_of_a_run_covers_no_curve(terms, rise):
+    log = [dict(epoch=e, step=e, loss=5+rise*e, lr=.1, mAP=.1*e, R1=.9-.1*e, **{f'term {k}': k+rise*e/9. for k in range(terms)}) for e in range(8)]
+    fig = plot_training(log)
+    fig.draw_without_rendering()
+    for ax in (fig.axes[0], fig.axes[2]):
+        legend = ax.get_legend().get_window_extent()
+        assert not legend.overlaps(ax.get_window_extent()) and legend.y0 >= 0 and not legend.overlaps(ax.xaxis.label.get_window_extent())
+
+
+def test_densities_hold_all_pairs():
+    "A density over its range sums to 1 however the distances lie, and the width of a single value is a few steps"
+    rng = np.random.default_rng(0)
+    for v in (rng.normal(size=100_000), rng.random(50), np.full(9, .3), np.r_[np.zeros(5), np.ones(5)]):
+        fig = plot_distances({'same person': np.sort(v), 'other person': np.array([-9., 9.])})
+        x, y = fig.axes[0].lines[0].get_xydata().T
+        assert y.sum()*(x[1]-x[0]) == pytest.approx(1, abs=.03)

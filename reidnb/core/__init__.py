@@ -6,4 +6,5 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'checkpoints': 'seed_everything random_state set_random_state save_checkpoint load_checkpoint',
     'distributed': 'rank_size gather on_main global_batch_norm',
     'costs': 'Peak peak_memory',
-    'notebook': 'PALETTE show_image'})
+    'figures': 'PALETTE contact_sheet',
+    'notebook': 'show_image'})

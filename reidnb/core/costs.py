@@ -8,14 +8,12 @@ __all__ = ['Peak', 'measured', 'peak_memory', 'high_water']
 # %% ../../nbs/core/25_costs.ipynb #86a6aa00
 import ctypes
 import gc
-import mmap
-import resource
-import sys
 import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 
 # %% ../../nbs/core/25_costs.ipynb #965307dd
@@ -30,6 +28,7 @@ class Peak:
     def __enter__(self):
         _give_back()
         self.before = self.most = _resident()
+        self.high = _highest()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
             self.gpu_before = torch.cuda.memory_allocated()
@@ -44,15 +43,24 @@ class Peak:
     def __exit__(self, *_):
         self.done.set()
         self.thread.join()
-        self.ram = (max(self.most, _resident())-self.before)/1e6
+        high = _highest()
+        self.ram = (max(self.most, _resident(), high if high>self.high else 0)-self.before)/1e6
         if self.gpu_before is not None:
             self.gpu = (torch.cuda.max_memory_allocated()-self.gpu_before)/1e6
 
 # %% ../../nbs/core/25_costs.ipynb #b692c8fd
 def _resident():
-    "Resident memory of this process, bytes; NaN where the system does not say"
-    try: return int(Path('/proc/self/statm').read_text().split()[1])*mmap.PAGESIZE
-    except (OSError, IndexError, ValueError): return float('nan')
+    "Resident memory of this process, bytes"
+    return psutil.Process().memory_info().rss
+
+def _highest():
+    "Peak of the resident memory since the system began to count, bytes"
+    if psutil.WINDOWS: return psutil.Process().memory_info().peak_wset
+    if psutil.LINUX:
+        lines = [s for s in open('/proc/self/status') if s.startswith('VmHWM')]
+        if lines: return int(lines[0].split()[1])*1024
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if psutil.MACOS else 1024)
 
 def _give_back():
     "Return free memory to the system, where its library can"
@@ -77,19 +85,22 @@ def measured(
     return x
 
 # %% ../../nbs/core/25_costs.ipynb #a92ecc37
+_PAST = [0] # Peaks of the counts that a reset ended, bytes
+
 def peak_memory(
 )->dict[str,int]: # Bytes: `ram` of this process, `gpu` allocated on the device (0 without one)
     "Peak memory since the process started"
-    unit = 1 if sys.platform=='darwin' else 1024
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
-    return {'ram': ram, 'gpu': torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+    return {'ram': max(_highest(), *_PAST), 'gpu': torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
 
 # %% ../../nbs/core/25_costs.ipynb #f09d87b7
 def high_water(
     reset:bool=False, # Begin anew from what is held now
 )->float: # MB; NaN where the system does not say
     "Peak memory of this process since the last reset"
-    try:
-        if reset: open('/proc/self/clear_refs', 'w').write('5')
-        return next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))/1e3
-    except (OSError, StopIteration): return float('nan')
+    if not psutil.LINUX: return float('nan')
+    if reset:
+        past = _highest()
+        try: Path('/proc/self/clear_refs').write_text('5')
+        except OSError: return float('nan')
+        _PAST.append(past)
+    return _highest()/1e6

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from ..core.figures import contact_sheet
+from ..core.figures import GREY, contact_sheet
 
 # %% ../../nbs/data/10_crops.ipynb #cd5d29a1
 DISTRACTOR = 0 # Id of a crop that shows no one in the query set
@@ -213,7 +213,7 @@ def _strip(
     if not len(crops): return ''
     def tile(i):
         try: return crops.image(i)
-        except (ValueError, OSError): return Image.new('RGB', (height//2, height), '#bbbbbb')
+        except (ValueError, OSError): return Image.new('RGB', (height//2, height), GREY)
     rows, out = np.unique(np.linspace(0, len(crops)-1, n).astype(int)), io.BytesIO()
     contact_sheet([tile(i) for i in rows], ncol=n, height=height).save(out, 'JPEG', quality=80)
     return f"![samples](data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()})"

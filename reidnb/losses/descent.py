@@ -57,12 +57,12 @@ def plot_descent(
 ): # The figure
     "Where a loss brings the points: the start in the first panel, one panel for each path"
     import matplotlib.pyplot as plt
-    from reidnb.core.notebook import PALETTE
+    from reidnb.core.figures import PALE, PALETTE
     panels = {'start': next(iter(paths.values()))[:1], **paths}
     fig,axs = plt.subplots(1, len(panels), figsize=(height*len(panels), height), sharex=True, sharey=True)
     cams = torch.zeros_like(y) if cams is None else cams
     for ax,(title,p) in zip(axs, panels.items()):
-        if unit: ax.add_patch(plt.Circle((0, 0), 1, fill=False, color='#dddddd', lw=.8))
+        if unit: ax.add_patch(plt.Circle((0, 0), 1, fill=False, color=PALE, lw=.8))
         for k,c in {(int(a), int(b)) for a,b in zip(y, cams)}:
             m, colour = (y==k)&(cams==c), PALETTE[k%len(PALETTE)]
             ax.plot(*p[:,m].permute(2, 0, 1), color=colour, lw=.5, alpha=.5, rasterized=True)

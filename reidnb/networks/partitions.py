@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from ..core.figures import OPEN, PALE, TINTS
 from .backbones import Backbone, Classifier, GlobalPool, bn_neck, split_backbone
 
 # %% ../../nbs/networks/30_partitions.ipynb #f0de58c9
@@ -449,7 +450,7 @@ def _head_line(
     "One line of the diagram: name, rows, channels, pooling, widths, losses"
     i, n = h.rows or (0, 1)
     sizes, k = (ChannelGroups(h.channels[1]).sizes(c), h.channels[0]) if h.channels else ([c], 0)
-    boxes = [(4.5, y, .42, .72, '#e4e4e4'), (5.15, y, 1.5, .3, '#e4e4e4'),
+    boxes = [(4.5, y, .42, .72, PALE), (5.15, y, 1.5, .3, PALE),
              (4.5, y+.36-.72*(i+.5)/n, .42, .72/n, color),
              (5.15+1.5*sum(sizes[:k])/c, y, 1.5*sizes[k]/c, .3, color)]
     how = dict(conv='1x1, BN ', neck='BN ', fc='FC, BN ').get(h.reduce, '')
@@ -473,12 +474,12 @@ def _diagram(
     texts = [(x, .95, t) for x,t in titles.items()]+[(12.25, middle, str(sum(widths)))]
     shared = f'up to {a.shared_until}' if a.shared_until else 'all layers'
     texts.append((.75, middle, f"{a.name}\n{shared}"))
-    boxes = [(0, middle, 1.5, min(n, 2)*.75, '#e4e4e4')]
+    boxes = [(0, middle, 1.5, min(n, 2)*.75, PALE)]
     for k,b in enumerate(a.branches):
         color, at = colors[k%len(colors)], y-(len(b.heads)-1)/2
         more = f"\n+{b.extra_blocks} block{'s'*(b.extra_blocks>1)}" if b.extra_blocks else ''
         boxes.append((2.1, at, 1.2, min(len(b.heads), 2)*.4+.35, color))
-        lines.append((1.5, middle, 2.1, at, '#999999')); texts.append((2.7, at, b.name+more))
+        lines.append((1.5, middle, 2.1, at, OPEN)); texts.append((2.7, at, b.name+more))
         for h in b.heads:
             more, words = _head_line(h, y, channels, color); boxes += more; texts += words
             tall = widths[-int(y)]/sum(widths)*(n-.1)
@@ -496,8 +497,7 @@ def plot_architecture(
     n = len(a.heads)
     fig,ax = plt.subplots(figsize=(7.6, .26*n+.6))
     ax.set(xlim=(0, 12.6), ylim=(-n+.4, 1.3)); ax.axis('off')
-    colors = ['#66aadd', '#ee8899', '#55aa66', '#ddcc66', '#88d8ee', '#cc88aa']
-    boxes, texts, lines = _diagram(a, channels, colors)
+    boxes, texts, lines = _diagram(a, channels, TINTS)
     _boxes(ax, boxes)
     for x0,y0,x1,y1,color in lines: ax.plot((x0, x1), (y0, y1), color=color, lw=.8)
     style = dict(ha='center', va='center', size=7, family=['DejaVu Sans', 'sans-serif'])

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..core.checkpoints import seed_everything
+from ..core.figures import BLUE
 from ..data.checks import check, data_facts
 from ..data.crops import ReIDData
 from ..methods.registry import recipe
@@ -180,8 +181,8 @@ def plot_grid(
     if not scores: raise ValueError(f'no row of {test!r} with {post!r} in the card')
     ax = ax or plt.subplots(figsize=(5, .6+.28*len(scores)))[1]
     for n,x in enumerate(scores.values()):
-        ax.barh(n, np.mean(x), color='#4477aa', alpha=.5)
-        ax.plot(x, [n]*len(x), '.', color='#4477aa')
+        ax.barh(n, np.mean(x), color=BLUE, alpha=.5)
+        ax.plot(x, [n]*len(x), '.', color=BLUE)
     ax.set_yticks(range(len(scores)), scores); ax.invert_yaxis()
     ax.set(xlabel=f'{value}, %', title=test + f', {post}'*(post!='none'))
     return ax

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from ..core.figures import contact_sheet
+from ..core.figures import INK, RIGHT, WRONG, contact_sheet
 from ..core.files import write_atomic
 from ..data.crops import Crops, concat
 from ..neighbours.nearest import nearest
@@ -290,17 +290,19 @@ def show_hits(
     images, frames, labels = [], [], []
     n = min(n, hits.rows.shape[1])
     for i in range(min(queries, len(hits))):
-        images.append(hits.queries.image(i)); frames.append('#4477aa'); labels.append('query')
+        images.append(hits.queries.image(i)); frames.append(INK); labels.append('query')
         person = hits.queries.pids[i]
         for h in hits[i][:n]:
             known = person>0 and h.pid>=0
             images.append(hits.gallery.image(h.row))
-            frames.append(None if not known else '#228833' if h.pid==person else '#ee6677')
+            frames.append(None if not known else RIGHT if h.pid==person else WRONG)
             labels.append(f'{h.distance:.2f}'+f' c{h.cam}'*(h.cam>=0))
         for _ in range(n-len(hits[i][:n])):
             images.append(Image.new('RGB', (height//2, height), 'white'))
             frames.append(None); labels.append('')
-    return contact_sheet(images, ncol=n+1, height=height, frames=frames, labels=labels)
+    words = {'query': INK, 'right: the same person': RIGHT, 'wrong: somebody else': WRONG}
+    legend = {k: c for k,c in words.items() if c in frames}
+    return contact_sheet(images, ncol=n+1, height=height, frames=frames, labels=labels, legend=legend)
 
 # %% ../../nbs/practice/20_gallery.ipynb #a26cff6c
 def _pack(strings):

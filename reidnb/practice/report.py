@@ -6,22 +6,24 @@
 __all__ = ['write_report']
 
 # %% ../../nbs/practice/30_report.ipynb #47943058
-import base64
 import io
 import json
 import re
 import time
 from dataclasses import asdict, dataclass, field, is_dataclass
-from html import escape
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
 from warnings import catch_warnings, filterwarnings
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..core.figures import INK, OPEN, RIGHT, WRONG, data_uri
 from ..core.files import write_atomic
 from ..data.crops import Crops, ReIDData
 from ..training.cards import hardware, versions
@@ -29,189 +31,79 @@ from ..training.scoring import Outcome
 from ..viz.plots import embed_2d, plot_2d, plot_cmc, plot_distances, plot_training
 from ..viz.sheets import ranking
 
-# %% ../../nbs/practice/30_report.ipynb #14b72d4e
-_LIGHT = ('--paper:#f7f6f3;--card:#fff;--ink:#1d2228;--soft:#646b75;--line:#e3e0da;'
-          '--bar:#dcd8d0;--blue:#3a6ea5;--right:#228833;--wrong:#cc3344;--open:#9a9a9a;'
-          '--note:#8a6d1a')
-_DARK = ('--paper:#121418;--card:#1b1f25;--ink:#e9e7e2;--soft:#a2a9b3;--line:#2d333b;'
-         '--bar:#39404a;--blue:#7fb0e0;--right:#4fc46b;--wrong:#ff7483;--open:#8b9099;'
-         '--note:#e0bd5a')
-_SANS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
-_SERIF = 'Charter,"Iowan Old Style","Palatino Linotype",Georgia,serif'
-
-# %% ../../nbs/practice/30_report.ipynb #e6aacea1
-_TEXT = """
-.reid{LIGHT;color:var(--ink);background:var(--paper);font:16px/1.55 SANS;text-size-adjust:100%}
-@media(prefers-color-scheme:dark){.reid{DARK}}
-.reid *{box-sizing:border-box}
-.reid h1,.reid h2{font-family:SERIF;line-height:1.2;font-weight:600;letter-spacing:-.01em}
-.reid h1,.reid h2{text-wrap:balance;overflow-wrap:anywhere}
-.reid h1{font-size:clamp(1.8rem,5vw,2.7rem);margin:.2em 0 .3em}
-.reid h2{font-size:1.5rem;margin:0 0 .3em}
-.reid h3{font-size:1rem;margin:1.4em 0 .5em}
-.reid p{margin:.3em 0 .9em;max-width:44rem;overflow-wrap:anywhere}
-.reid .over{color:var(--soft);font-size:.8rem;letter-spacing:.09em;text-transform:uppercase}
-.reid .lead{color:var(--soft)}
-.reid .intro{font-size:1.1rem}
-.reid a{color:var(--blue)}
-.reid nav{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;font-size:.9rem;padding:.8rem 0}
-.reid nav,.reid section{border-bottom:1px solid var(--line)}
-.reid nav a{text-decoration:none;padding:.2rem 0}
-.reid nav a:hover{text-decoration:underline}
-.reid section{padding:2rem 0 1.4rem}
-.reid .why{border-left:3px solid var(--line);padding-left:.9rem;color:var(--soft)}
-.reid footer{padding:1.4rem 0 3rem;color:var(--soft);font-size:.85rem}
-.reid details{margin:.6rem 0}
-.reid summary{cursor:pointer;color:var(--blue)}
-.reid .notes{padding-left:1.1rem}
-.reid .notes li{margin:.4rem 0;overflow-wrap:anywhere}
-.reid .error{color:var(--wrong);font-weight:600}
-.reid .warning{color:var(--note);font-weight:600}
-.reid .wide{overflow-x:auto;margin-bottom:.9rem}
-.reid table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-.reid th,.reid td{text-align:right;padding:.3rem .7rem;vertical-align:top}
-.reid th,.reid td{border-bottom:1px solid var(--line)}
-.reid th:first-child,.reid td:first-child{text-align:left;padding-left:0}
-.reid th{color:var(--soft);font-weight:500}
-.reid td.text{text-align:left;overflow-wrap:anywhere;min-width:9rem}
-"""
-
-# %% ../../nbs/practice/30_report.ipynb #5e8c5732
-_BOXES = """
-.reid .tile,.reid .plot,.reid .search{background:var(--card);border:1px solid var(--line)}
-.reid .tile,.reid .plot,.reid .search{border-radius:10px}
-.reid .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr));gap:.8rem}
-.reid .tiles{margin:1rem 0}
-.reid .tile{padding:.9rem 1rem;font-variant-numeric:tabular-nums}
-.reid .name{color:var(--soft);font-size:.85rem}
-.reid .big{font-size:2.3rem;line-height:1.15;font-weight:600;white-space:nowrap}
-.reid .big small{font-size:1rem;font-weight:400;color:var(--soft)}
-.reid .was{font-size:.8rem;color:var(--soft);overflow-wrap:anywhere}
-.reid .up{color:var(--right)}
-.reid .down{color:var(--wrong)}
-.reid .meter{height:6px;border-radius:3px;background:var(--bar);position:relative;margin:.5rem 0}
-.reid .meter i{position:absolute;inset:0 auto 0 0;border-radius:3px;background:var(--blue)}
-.reid .meter b{position:absolute;top:-3px;bottom:-3px;width:2px;background:var(--ink)}
-.reid .times{display:grid;grid-template-columns:auto 1fr auto;gap:.3rem .8rem;font-size:.9rem}
-.reid .times{max-width:40rem;align-items:center}
-.reid .times .meter{margin:0}
-.reid .times span:nth-child(3n){text-align:right;font-variant-numeric:tabular-nums}
-.reid .plots{display:grid;gap:.8rem;margin:.8rem 0;max-width:calc(var(--n)*38rem)}
-.reid .plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,COLUMN),1fr))}
-.reid .plot{margin:0;padding:.7rem}
-.reid .plot svg{display:block;width:100%;height:auto;margin:0 auto;color:var(--ink)}
-.reid .plot text{font-family:SANS!important;paint-order:stroke;stroke:var(--card)}
-.reid .plot text{stroke-width:2.5px;stroke-linejoin:round}
-"""
-
-# %% ../../nbs/practice/30_report.ipynb #f4c8e511
-_CROPS = """
-.reid .board{display:grid;grid-template-columns:7.5rem 1fr;gap:.5rem 1rem;align-items:center}
-.reid .who{font-size:.8rem;color:var(--soft);overflow-wrap:anywhere}
-.reid .who b{display:block;color:var(--ink);font-size:.95rem}
-.reid .strip{display:flex;flex-wrap:wrap;gap:4px;height:104px;overflow:hidden}
-.reid .strip img{height:104px;width:auto;border-radius:4px}
-.reid .search{padding:.8rem 1rem;margin:.8rem 0}
-.reid .search p{font-size:.9rem;margin:0 0 .6rem;max-width:none}
-.reid .row{display:flex;flex-wrap:wrap;gap:10px 8px}
-.reid .crop{width:78px;font-size:.74rem;line-height:1.35;color:var(--soft);text-align:center}
-.reid .crop span{display:block;position:relative;border:3px solid var(--open)}
-.reid .crop span{border-radius:7px;background:var(--bar)}
-.reid .crop img{display:block;width:100%;height:132px;object-fit:cover;border-radius:4px}
-.reid .ask{margin-right:10px;color:var(--ink)}
-.reid .ask span{border-color:var(--ink)}
-.reid .yes span{border-color:var(--right)}
-.reid .no span{border-color:var(--wrong)}
-.reid .crop em{position:absolute;top:-5px;right:-5px;width:19px;height:19px;border-radius:50%}
-.reid .crop em{font:700 12px/19px SANS;color:var(--card)}
-.reid .yes em{background:var(--right)}
-.reid .no em{background:var(--wrong)}
-@media(max-width:600px){
-.reid .board{grid-template-columns:1fr;gap:.2rem}
-.reid .strip{height:72px;margin-bottom:.6rem}
-.reid .strip img{height:72px}
-.reid .row{gap:8px 6px}
-.reid .search{padding:.7rem}
-.reid .crop{width:64px}
-.reid .big{font-size:2rem}
-.reid .crop img{height:108px}
-.reid .crop:nth-child(n+9){display:none}
-.reid .tile:first-child{grid-column:1/-1}
-.reid th,.reid td{padding:.3rem .45rem}}
-"""
-
-# %% ../../nbs/practice/30_report.ipynb #64268bf1
-_PAGE = """
-html{background:#f7f6f3;scroll-behavior:smooth}
-body{margin:0}
-.page{max-width:70rem;margin:0 auto;padding:2rem clamp(1rem,4vw,2.5rem)}
-@media(prefers-color-scheme:dark){html{background:#121418}}
-"""
-_CSS = _TEXT + _BOXES + _CROPS
-for _name,_value in dict(LIGHT=_LIGHT, DARK=_DARK, SANS=_SANS, SERIF=_SERIF,
-                         COLUMN='max(19rem,100%/var(--n) - .8rem)').items():
-    _CSS = _CSS.replace(_name, _value)
-
 # %% ../../nbs/practice/30_report.ipynb #586f2e6a
-def _tag(
-    name:str, # Element
-    *body:str, # HTML inside
-    cls:str='', # Class
-    **attrs, # Further attributes, as they are
-)->str: # The element
-    "An HTML element"
-    given = {'class': cls} if cls else {}
-    text = ''.join(f' {k.replace("_", "-")}="{escape(str(v))}"' for k,v in (given | attrs).items())
-    return f'<{name}{text}>{"".join(body)}</{name}>'
+@cache
+def _templates(
+)->Environment: # Escapes every text, refuses unknown names
+    "The templates of the package and the filters that they use"
+    env = Environment(loader=PackageLoader('reidnb', 'templates'), autoescape=True,
+                      undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    minus = lambda text: text.replace('-', '−')
+    env.filters |= dict(percent=_percent, duration=_duration, thousands='{:,}'.format,
+                        gain=lambda x: minus(f'{100*x:+.1f}'), signed=lambda x: minus(f'{x:+,.0f}'),
+                        share=lambda x: f'{100*np.clip(np.nan_to_num(x), 0, 1):.1f}%')
+    return env
+
+def _part(name, *args):
+    "HTML of one macro of `report_parts.html.j2`"
+    return getattr(_templates().get_template('report_parts.html.j2').module, name)(*args)
+
+def _percent(x, digits=1):
+    "A fraction in percent; a dash when unknown"
+    return '–' if x is None or not np.isfinite(x) else f'{100*x:.{digits}f}'
+
+def _duration(s):
+    "Seconds in words"
+    if s<1: return f'{1000*s:.0f} ms'
+    if s<120: return f'{s:.1f} s'
+    return f'{s/60:.1f} min' if s<7200 else f'{s/3600:.1f} h'
 
 # %% ../../nbs/practice/30_report.ipynb #d3f1f2cc
-def _img(
+def _crop(
     crops:Crops, # A table
     i:int, # Row
     alt:str, # What the picture shows, in words
     size:int=122, # Larger side, pixels, at most
-)->str: # `<img>` with the picture inside
-    "One crop as HTML"
+)->dict: # `src` with the picture inside, `alt`, `width`, `height`, and the name of its camera
+    "One crop for the page"
     try: im = crops.image(i)
-    except (ValueError, OSError):
-        im, alt = Image.new('RGB', (size//2, size), '#999999'), f'{alt} (unreadable)'
+    except (ValueError, OSError): im, alt = Image.new('RGB', (size//2, size), OPEN), f'{alt} (unreadable)'
     im.thumbnail((size, size), Image.LANCZOS)
-    out = io.BytesIO()
-    im.convert('RGB').save(out, 'JPEG', quality=78, optimize=True)
-    src = 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
-    return f'<img src="{src}" alt="{escape(alt)}" width="{im.width}" height="{im.height}">'
+    return dict(src=data_uri(im, 78), alt=alt, width=im.width, height=im.height, camera=_camera(crops, i))
+
+def _camera(c, i):
+    "Name of the camera of row `i`"
+    if c.cams[i]<0: return 'unknown'
+    return str(c.extra['raw_cam'][i] if 'raw_cam' in c.extra else c.cams[i])
 
 # %% ../../nbs/practice/30_report.ipynb #0709c7f9
 def _svg(
     fig:Figure, # Figure to save
     alt:str, # What it shows, in words
     uid:str, # Prefix that makes its ids unique on the page
-    box=None, # Part to save, inches; None: all
-)->str: # `<svg>` in the ink of the page
+    part=None, # Part to save, inches; None: all
+)->dict: # `alt`, `box` (view box), `width` (px, wider would only enlarge), `body` in the ink of the page
     "A figure as inline SVG"
     out = io.StringIO()
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'reidnb'}), catch_warnings():
         filterwarnings('ignore', 'Glyph .* missing')   # the reader's browser has the letters
         fig.savefig(out, format='svg', transparent=True, dpi=150, metadata={'Date': None},
-                    bbox_inches=box)
-    s = out.getvalue()
-    width = 1.7*float(re.search(r'viewBox="0 0 ([\d.]+)', s)[1])     # px; wider would only enlarge
-    for old,new in ((r'^.*?<svg', '<svg'), (r'<metadata>.*?</metadata>', ''),
-                    (r' xmlns(:\w+)?="[^"]*"', ''), (r'(?<=[ <])(width|height)="[\d.]+pt" ', ''),
+                    bbox_inches=part)
+    box, s = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', out.getvalue(), re.S).groups()
+    for old,new in ((r'<metadata>.*?</metadata>', ''), (r' xmlns(:\w+)?="[^"]*"', ''),
                     (r'\bid="', f'id="{uid}'), (r'(href="|url\()#', rf'\1#{uid}'),
-                    (r'#(000000|222222)\b', 'currentColor'), (r'#ffffff\b', 'var(--card)'),
-                    (r'<text', '<text fill="currentColor"'),
-                    (r'^<svg', f'<svg role="img" aria-label="{escape(alt)}" '
-                               f'style="max-width:{width:.0f}px"')):
-        s = re.sub(old, lambda m, new=new: m.expand(new), s, flags=re.S)
-    return s
+                    (rf'(#000000|{INK})\b', 'currentColor'), (r'#f{6}\b', 'var(--card)'),
+                    (r'<text', '<text fill="currentColor"')):
+        s = re.sub(old, new, s, flags=re.S)
+    s = re.sub(r' d="[MLQCz\d\s.-]*"', lambda m: re.sub(r'(\.\d\d)\d+', r'\1', m[0]), s)  # a hundredth of a point
+    return dict(alt=alt, box=box, width=round(1.7*float(box.split()[2])), body=Markup(s))
 
 # %% ../../nbs/practice/30_report.ipynb #b5247fb8
-def _plots(
+def _figures(
     named:list, # Pairs of figure and what it shows
     uid:str, # Prefix of ids
-)->str: # The panels of all figures, side by side where there is room
-    "Figures as HTML, one box a panel"
+)->list: # One `_svg` a panel; the page puts them side by side where there is room
+    "The panels of figures"
     boxes = []
     for n,(fig,alt) in enumerate(named):
         axs, part = fig.get_axes(), None
@@ -220,9 +112,8 @@ def _plots(
             for other in axs: other.set_visible(other is ax)
             if len(axs)>1:
                 part = ax.get_tightbbox().padded(4).transformed(fig.dpi_scale_trans.inverted())
-            svg = _svg(fig, alt.replace('\\', ''), f'{uid}{n}{k}-', part)
-            boxes.append(_tag('figure', svg, cls='plot'))
-    return _tag('div', *boxes, cls='plots', style=f'--n:{min(len(boxes), 3)}')
+            boxes.append(_svg(fig, alt, f'{uid}{n}{k}-', part))
+    return boxes
 
 # %% ../../nbs/practice/30_report.ipynb #d5f14860
 def _narrow(
@@ -249,10 +140,6 @@ def _label(name):
     "A name that matplotlib prints as it is"
     return str(name).lstrip('_').replace('$', r'\$') or 'model'
 
-def _percent(x, digits=1):
-    "A fraction in percent; a dash when unknown"
-    return '–' if x is None or not np.isfinite(x) else f'{100*x:.{digits}f}'
-
 # %% ../../nbs/practice/30_report.ipynb #97d78892
 @dataclass
 class _Page:
@@ -277,78 +164,33 @@ class _Page:
 _SCORES = {'mAP': lambda m: m.mAP, **{f'rank {k}': lambda m,k=k: m.rank(min(k, len(m.cmc)))
                                       for k in (1, 5, 10)}, 'mINP': lambda m: m.mINP}
 
-def _tile(name, value, was=None, was_name=''):
-    "One number, its bar, and what it was before"
-    at = lambda x: f'{100*min(max(x, 0), 1):.1f}%'
-    bars, gain = [_tag('i', style=f'width:{at(value)}')], ''
-    if was is not None:
-        up = value-was
-        bars.append(_tag('b', style=f'left:{at(was)}'))
-        gain = _tag('span', f'{100*up:+.1f}'.replace('-', '−'), cls='up' if up>=0 else 'down')
-        gain = _tag('div', f'{gain} from {_percent(was)} ({escape(was_name)})', cls='was')
-    big = _tag('div', _percent(value), _tag('small', ' %'), cls='big')
-    return _tag('div', _tag('div', name, cls='name'), big, _tag('div', *bars, cls='meter'), gain,
-                cls='tile')
-
-# %% ../../nbs/practice/30_report.ipynb #80000b3b
 def _numbers(
     page:_Page, # The page
-)->str|None: # HTML
-    "Tiles of the last model, compared with the first; a table when there are more than two"
-    found = page.having('metrics')
+)->dict|None: # Scores of each model, the last and the first by name
+    "The scores of the last model, compared with the first; a table when there are more than two"
+    found = {n: o.metrics for n,o in page.having('metrics')}
     if not found: return None
-    o, (was_name, was), two = found[-1][1], found[0], len(found)>1
-    tiles = [_tile(k, f(o.metrics), f(was.metrics) if two else None, was_name)
-             for k,f in _SCORES.items()]
-    out = _in_words(found) + _tag('div', *tiles, cls='tiles') + _protocol(found)
-    if len(found)<3: return out
-    rows = [[escape(n), *(_percent(f(o.metrics)) for f in _SCORES.values())] for n,o in found]
-    return out + _table(['model', *(f'{k}, %' for k in _SCORES)], rows)
-
-# %% ../../nbs/practice/30_report.ipynb #2572cde8
-def _in_words(found):
-    "Rank 1 as a sentence"
-    m, first = found[-1][1].metrics, found[0][1].metrics
-    words = ['Given an image of a person, the model ', _tag('b', escape(found[-1][0])), ' puts an image ',
-             'of the same person ', 'from another camera '*m.protocol.cross_camera,
-             f'first in {_percent(m.rank(1), 0)} of 100 searches']
-    if len(found)>1:
-        words.append(f'; {_tag("b", escape(found[0][0]))} did so in {_percent(first.rank(1), 0)}')
-    return _tag('p', *words, '.')
-
-def _protocol(found):
-    "The rules of the numbers, and a warning when they differ"
-    m = found[-1][1].metrics
-    text = (f'Protocol: {m.protocol}. {m.n_valid:,} of {m.n_query:,} queries have a match; '
-            f'{m.n_gallery:,} gallery images ranked, {m.n_junk:,} junk ignored.')
-    if len({str(o.metrics.protocol) for _,o in found})>1:
-        text += _tag('span', ' The models were scored under different protocols.', cls='error')
-    return _tag('p', text, cls='lead')
-
-# %% ../../nbs/practice/30_report.ipynb #9565616a
-def _table(head, rows):
-    "A table of HTML cells"
-    line = lambda cells, tag: _tag('tr', *(_tag(tag, c) for c in cells))
-    body = _tag('tbody', *(line(r, 'td') for r in rows))
-    return _tag('div', _tag('table', _tag('thead', line(head, 'th')), body), cls='wide')
+    models = {n: {k: f(m) for k,f in _SCORES.items()} for n,m in found.items()}
+    first, name = list(found)[0], list(found)[-1]
+    return dict(name=name, metrics=found[name], now=models[name], models=models,
+                first=first if len(found)>1 else None, was=models[first],
+                differ=len({str(m.protocol) for m in found.values()})>1)
 
 # %% ../../nbs/practice/30_report.ipynb #a15d1ffb
 def _data(
     page:_Page, # The page
-)->str: # HTML
+)->dict: # Counts by part, facts, samples
     "Counts, what was dropped, and samples of each camera"
     parts = {k: c for k,c in page.data.subsets.items() if c is not None}
-    def row(name, f): return [name, *(str(f(c)) for c in parts.values())]
-    special = [(w, p) for w,p in (('distractors', 0), ('junk', -1), ('unlabelled', -2))
-               if any((c.pids==p).any() for c in parts.values())]
-    rows = [row('images', lambda c: f'{len(c):,}'), row('people', lambda c: f'{c.n_ids:,}'),
-            *(row(word, lambda c, p=p: f'{(c.pids==p).sum():,}') for word,p in special),
-            row('cameras', lambda c: c.n_cams or 'unknown'), row('seconds', _span)]
-    facts = [f'{n:,} {escape(str(k))} dropped at loading' for k,n in page.data.dropped.items()]
-    facts += [escape(str(x)) for x in page.data.notes]
-    facts += [f'terms: {escape(page.data.licence)}']*bool(page.data.licence)
-    facts = _tag('p', '; '.join(facts), '.', cls='lead') if facts else ''
-    return _table(['', *parts], rows) + facts + _board(page)
+    special = {w: p for w,p in (('distractors', 0), ('junk', -1), ('unlabelled', -2))
+               if any((c.pids==p).any() for c in parts.values())}
+    rows = {'images': lambda c: f'{len(c):,}', 'people': lambda c: f'{c.n_ids:,}',
+            **{word: lambda c,p=p: f'{(c.pids==p).sum():,}' for word,p in special.items()},
+            'cameras': lambda c: c.n_cams or 'unknown', 'seconds': _span}
+    facts = [f'{n:,} {k} dropped at loading' for k,n in page.data.dropped.items()]
+    facts += [str(x) for x in page.data.notes] + [f'terms: {page.data.licence}']*bool(page.data.licence)
+    return dict(parts=list(parts), rows={k: [f(c) for c in parts.values()] for k,f in rows.items()},
+                facts=facts, board=_board(page))
 
 def _span(c):
     "First to last second of a table"
@@ -360,55 +202,37 @@ def _board(
     page:_Page, # The page
     n:int=16, # Samples a camera
     most:int=12, # Cameras shown
-)->str: # HTML
+)->dict|None: # Rows of a camera, its counts and crops; rows None: no pictures wanted
     "Samples of each camera, one row a camera, each person once as far as they reach"
     tables = [c for c in (page.data.gallery, page.data.train, page.data.query) if c]
-    if not tables: return ''
-    if not page.pictures:
-        why = 'Samples are left out: this report was written without pictures.'
-        return _tag('p', why, cls='why')
+    if not tables: return None
+    if not page.pictures: return dict(rows=None)
     c, rng, rows = tables[0], np.random.default_rng(page.seed), []
     cams = np.unique(c.cams)
     for cam in cams[:most]:
         at = rng.permutation(np.flatnonzero(c.cams==cam))
-        name, people = _camera(c, at[0]), c[at].n_ids
-        facts = f'{len(at):,} images' + f', {people:,} people'*bool(people)
-        imgs = [_img(c, int(i), f'sample of {name}') for i in _varied(c, at)[:n]]
-        rows.append(_tag('div', _tag('b', escape(name)), facts, cls='who'))
-        rows.append(_tag('div', *imgs, cls='strip'))
-    more = _tag('p', f'{len(cams)-most} more cameras are not shown.', cls='lead')*(len(cams)>most)
-    return _tag('h3', 'What the cameras see') + _tag('div', *rows, cls='board') + more
+        name = _camera(c, at[0])
+        crops = [_crop(c, int(i), f'sample of camera {name}') for i in _varied(c, at)[:n]]
+        rows.append(dict(camera=name, images=len(at), people=c[at].n_ids, crops=crops))
+    return dict(rows=rows, more=max(len(cams)-most, 0))
 
 def _varied(c, at):
     "Rows with a new person first, then other people, then the rest"
     new = np.isin(np.arange(len(at)), np.unique(c.pids[at], return_index=True)[1])
     return at[np.argsort(np.where(c.pids[at]<=0, 2, ~new), kind='stable')]
 
-# %% ../../nbs/practice/30_report.ipynb #93950a70
-def _camera(c, i):
-    "Name of the camera of row `i`"
-    if c.cams[i]<0: return 'camera unknown'
-    return f'camera {c.extra["raw_cam"][i] if "raw_cam" in c.extra else c.cams[i]}'
-
 # %% ../../nbs/practice/30_report.ipynb #53faba7e
 def _training(
     page:_Page, # The page
-)->str|None: # HTML
+)->dict|None: # Name, counts, figures
     "Curves of the training log"
     found = [(n,o) for n,o in page.having('log') if any(r.get('loss') is not None for r in o.log)]
     if not found: return None
     name, log = found[-1][0], found[-1][1].log
-    done, words = [r for r in log if 'images' in r], ''
-    if done:
-        images, s = sum(r['images'] for r in done), sum(r.get('seconds', 0) for r in done)
-        words = f'{escape(name)}: {len(done)} epochs, {images:,} images, {_duration(s)}.'
-    return _tag('p', words) + _plots([(plot_training(log), 'Training curves')], 't')
-
-def _duration(s):
-    "Seconds in words"
-    if s<1: return f'{1000*s:.0f} ms'
-    if s<120: return f'{s:.1f} s'
-    return f'{s/60:.1f} min' if s<7200 else f'{s/3600:.1f} h'
+    done = [r for r in log if 'images' in r]
+    return dict(name=name, epochs=len(done), images=sum(r['images'] for r in done),
+                seconds=sum(r.get('seconds', 0) for r in done),
+                figures=_figures([(plot_training(log), 'Training curves')], 't'))
 
 # %% ../../nbs/practice/30_report.ipynb #f9dfc0ee
 def _chosen(
@@ -426,60 +250,46 @@ def _chosen(
 # %% ../../nbs/practice/30_report.ipynb #9ccf7a77
 def _ranked(
     page:_Page, # The page
-)->str|None: # HTML
+)->dict|None: # Name, whether there are verdicts, groups of searches
     "Queries and their first places, right and wrong marked"
     found = page.having('dist')
     if not found or not page.pictures: return None
     name, o = found[-1]
-    out = [_tag('p', 'Model: ', _tag('b', escape(name)), '. Below each image: camera, distance, and '
-                'how much later than the query it was taken.')]
-    if o.metrics is None:
-        out.append(_tag('p', 'Nothing is marked: there are no labels to judge by.', cls='why'))
-    for title,rows in _chosen(o):
-        out += [_tag('h3', title), *(_search(page, o, int(q)) for q in rows)]
-    return ''.join(out)
+    groups = [(head, [_search(page, o, int(q)) for q in rows]) for head,rows in _chosen(o)]
+    return dict(name=name, judged=o.metrics is not None, groups=groups)
 
 # %% ../../nbs/practice/30_report.ipynb #3a770574
 def _search(
     page:_Page, # The page
     o:Outcome, # Outcome with distances
     row:int, # Query
-)->str: # HTML
+)->dict: # File, average precision, ranks of the right ones, crops of the query and of its first places
     "One query and its first places"
     q, g = page.data.query, page.data.gallery
     cross = o.metrics.protocol.cross_camera if o.metrics else page.data.cross_camera
     order, verdict = ranking(o.dist, q, g, row, len(g), cross)
-    right, words = np.flatnonzero(verdict==1)+1, escape(q.file_name(row))
-    if len(right) and o.metrics:
-        words += (f': average precision {_percent(o.metrics.ap[row], 0)} %, {len(right)} right '
-                  f'image{"s"*(len(right)>1)} to find, the first at rank {right[0]}')
-        words += f', the last at rank {right[-1]}'*(len(right)>1)
-    tiles = [_crop(q, row, 'ask', 'query', ['query', _camera(q, row)])]
+    places = []
     for n,(i,v) in enumerate(zip(order[:page.k], verdict), 1):
-        lines, later = [_camera(g, i), f'{float(o.dist[row][i]):.2f}'], g.times[i]-q.times[row]
-        if np.isfinite(later): lines.append(f'{later:+,.0f} s'.replace('-', '−'))
-        tiles.append(_crop(g, int(i), {1: 'yes', 0: 'no'}.get(int(v), ''), f'rank {n}', lines))
-    return _tag('div', _tag('p', words), _tag('div', *tiles, cls='row'), cls='search')
-
-def _crop(c, i, kind, what, lines):
-    "One framed crop with a tick or a cross and lines below"
-    word, mark = {'yes': (', right', '✓'), 'no': (', wrong', '✗')}.get(kind, ('', ''))
-    image = _img(c, i, what+word) + (_tag('em', mark, aria_hidden='true') if mark else '')
-    text = '<br>'.join(escape(x.replace('camera', 'cam')) for x in lines)
-    return _tag('div', _tag('span', image), text, cls=f'crop {kind}'.strip())
+        crop = _crop(g, int(i), f'rank {n}' + {1: ', right', 0: ', wrong'}.get(int(v), ''))
+        later = g.times[i]-q.times[row]
+        places.append(crop | dict(verdict=int(v), distance=float(o.dist[row][i]),
+                                  later=later if np.isfinite(later) else None))
+    return dict(file=q.file_name(row), query=_crop(q, row, 'query'), places=places,
+                ap=o.metrics.ap[row] if o.metrics else None,
+                right=(np.flatnonzero(verdict==1)+1).tolist() if o.metrics else [])
 
 # %% ../../nbs/practice/30_report.ipynb #d7cb26f1
 def _curves(
     page:_Page, # The page
-)->str|None: # HTML
+)->list|None: # Figures
     "CMC of all models"
     found = {_label(n): o.metrics for n,o in page.having('metrics')}
     if not found: return None
-    return _plots([(_narrow(plot_cmc(found), 2.9, 1), 'Cumulative match curves')], 'c')
+    return _figures([(_narrow(plot_cmc(found), 2.9, 1), 'Cumulative match curves')], 'c')
 
 def _distances(
     page:_Page, # The page
-)->str|None: # HTML
+)->list|None: # Figures
     "Distance distributions of the first and the last model"
     q, g, figs = page.data.query, page.data.gallery, []
     if not page.having('dist') or not (q.labelled and g.labelled): return None
@@ -488,13 +298,13 @@ def _distances(
         fig = plot_distances(o.dist, q.pids, g.pids, *cams)
         fig.get_axes()[0].set_xlabel(f'distance, {_label(name)}')
         figs.append((_narrow(fig, 3.2), f'Distributions of distances, {name}'))
-    return _plots(figs, 'd')
+    return _figures(figs, 'd')
 
 # %% ../../nbs/practice/30_report.ipynb #b3f9ade2
 def _plane(
     page:_Page, # The page
     most:int=600, # Points drawn
-)->str|None: # HTML
+)->list|None: # Figures
     "Gallery features in the plane, coloured by camera, for the first and the last model"
     g, figs, rng = page.data.gallery, [], np.random.default_rng(page.seed)
     if not page.having('gallery_features') or len(g)<10 or not g.n_cams: return None
@@ -509,41 +319,28 @@ def _plane(
         fig = plot_2d(points, g.cams[at], g.pids[at] if g.labelled else None)
         fig.get_axes()[0].set_xlabel(f't-SNE, {_label(name)}, {len(at):,} images', fontsize=9)
         figs.append((_narrow(fig, 4, 4), f'Features in the plane by camera, {name}'))
-    return _plots(figs, 'p')
+    return _figures(figs, 'p')
 
 # %% ../../nbs/practice/30_report.ipynb #971bdaac
 def _timing(
     page:_Page, # The page
-)->str|None: # HTML
-    "Bars of wall time by stage"
+)->dict|None: # Stages, the machine
+    "Wall time by stage"
     last = list(page.outcomes.values())[-1]
     card = last.card or {}
     spent = card.get('seconds') or {}
     stages = page.seconds or (spent if isinstance(spent, dict) else {'run': spent}) | last.seconds
-    stages = {k: float(s) for k,s in stages.items() if isinstance(s, (int, float)) and s>=0}
-    if not stages: return None
-    bars, most = [], max(*stages.values(), 1e-9)
-    for name,s in stages.items():
-        bar = _tag('div', _tag('i', style=f'width:{100*s/most:.1f}%'), cls='meter')
-        bars += [_tag('span', escape(str(name))), bar, _tag('span', _duration(s))]
-    where = escape(str(card.get('hardware') or hardware()))
-    return _tag('div', *bars, cls='times') + _tag('p', where, '.', cls='lead')
+    stages = {str(k): float(s) for k,s in stages.items() if isinstance(s, (int, float)) and s>=0}
+    return dict(stages=stages, hardware=card.get('hardware') or hardware()) if stages else None
 
 # %% ../../nbs/practice/30_report.ipynb #c1fbac65
 def _settings(
     page:_Page, # The page
-)->str: # HTML
-    "The result cards in a fold-out; without one, the versions of this machine"
-    cards, out = {n: o.card for n,o in page.having('card')}, []
-    if not cards:
-        why = 'No result card was given; these are the versions of this machine.'
-        cards, out = {'versions': versions()}, [_tag('p', why, cls='why')]
-    for name,card in cards.items():
-        rows = [_tag('tr', _tag('td', escape(k)), _tag('td', escape(_short(v)), cls='text'))
-                for k,v in _flat(card)]
-        table = _tag('div', _tag('table', _tag('tbody', *rows)), cls='wide')
-        out.append(_tag('details', _tag('summary', f'{escape(name)}: {len(rows)} entries'), table))
-    return ''.join(out)
+)->dict: # Rows of the result cards; without one, of the versions of this machine
+    "What it takes to repeat the run"
+    given = {n: o.card for n,o in page.having('card')}
+    cards = given or {'versions': versions()}
+    return dict(given=bool(given), cards={n: [(k, _short(v)) for k,v in _flat(c)] for n,c in cards.items()})
 
 def _flat(x, at=''):
     "Nested dictionaries as (dotted key, value)"
@@ -559,57 +356,14 @@ def _short(v):
 # %% ../../nbs/practice/30_report.ipynb #9f1c2008
 def _notes(
     page:_Page, # The page
-)->str: # HTML
+)->dict: # Findings, notes
     "Findings of `validate` and notes of the tables"
-    items = [f'{_tag("span", escape(f.level), cls=escape(f.level))} {escape(f.what)} '
-             f'{_tag("span", escape(f"({f.where})"), cls="lead")} {escape(f.fix)}'
-             for f in page.findings]
     tables = [c for c in page.data.subsets.values() if c is not None]
-    items += [escape(str(n)) for n in dict.fromkeys(n for c in tables for n in c.notes)]
-    if not items: return _tag('p', 'Nothing was found.')
-    return _tag('ul', *(_tag('li', x) for x in items), cls='notes')
+    return dict(findings=page.findings, notes=list(dict.fromkeys(str(n) for c in tables for n in c.notes)))
 
 # %% ../../nbs/practice/30_report.ipynb #7dacb7d5
-@dataclass
-class _Section:
-    head:str # Heading
-    lead:str # What to look for
-    make:object # Function from `_Page` to HTML or None
-    missing:str='' # Why there is nothing
-
-_SECTIONS = dict(
-    numbers=_Section('In numbers',
-        'mAP rewards finding all images of a person early; rank k asks for one among the first k; '
-        'mINP looks at the hardest image of each person. The mark on a bar is the first model.',
-        _numbers, 'There are no scores: they need labelled queries and a labelled gallery.'),
-    data=_Section('The data',
-        'Look down the board: the same people change colour and size from camera to camera, and '
-        'that is what a model must see past.', _data),
-    training=_Section('Training',
-        'A loss that falls and flattens is healthy. Held-out scores that fall while the loss still '
-        'falls mean overfitting.', _training, 'There is no training log.'),
-    ranked=_Section('Searches',
-        'The left image asks, the others answer, nearest first. Green with a tick is the same '
-        'person, red with a cross another one. Look at what the wrong answers share with the query.',
-        _ranked, 'Ranked lists are left out: they need distances, and a report with pictures.'),
-    curves=_Section('How far one must look',
-        'The curve says how many searches have found the person by each rank. A steep start means '
-        'little browsing.', _curves, 'There are no scores to draw.'))
-
-# %% ../../nbs/practice/30_report.ipynb #d018b027
-_SECTIONS |= dict(
-    distances=_Section('Same and different people',
-        'Blue is one person twice, red two people. The less they overlap, the better a single '
-        'threshold works; dashed lines far from solid ones mean the camera weighs in.',
-        _distances, 'Distances were not given, or no label says who is who.'),
-    plane=_Section('Features by camera',
-        'Each dot is an image, coloured by camera; numbered stars tie together images of one '
-        'person. Colours that clump mean the model sees the camera; stars that shrink mean it '
-        'sees the person.',
-        _plane, 'The plane needs features of ten images or more, and known cameras.'),
-    timing=_Section('Time', 'Wall time of each stage.', _timing, 'No times were given.'),
-    settings=_Section('Settings and versions', 'What it takes to repeat the run.', _settings),
-    notes=_Section('Notes', 'What was noticed about the data, and what to do about it.', _notes))
+_SECTIONS = dict(numbers=_numbers, data=_data, training=_training, ranked=_ranked, curves=_curves,
+                 distances=_distances, plane=_plane, timing=_timing, settings=_settings, notes=_notes)
 
 # %% ../../nbs/practice/30_report.ipynb #08f4cea7
 def write_report(
@@ -661,20 +415,6 @@ def _html(
     intro:str, # Paragraph below it
 )->str: # The page
     "All sections in one page"
-    parts, links, v = [], [], versions()
-    for key,s in _SECTIONS.items():
-        body = s.make(page) or _tag('p', s.missing, cls='why')
-        lead = _tag('p', s.lead, cls='lead')
-        parts.append(_tag('section', _tag('h2', s.head), lead, body, id=key))
-        links.append(_tag('a', s.head, href=f'#{key}'))
-    header = _tag('header', _tag('p', f'reidnb report · {time.strftime("%Y-%m-%d")}', cls='over'),
-                  _tag('h1', escape(title)), _tag('p', escape(intro), cls='intro')*bool(intro),
-                  _tag('nav', *links, aria_label='contents'))
-    footer = _tag('footer', f'Written by reidnb {v["reidnb"]} with torch {v["torch"]}. '
-                            'This file holds everything it shows and loads nothing.')
-    metas = ('<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-             '<meta name="viewport" content="width=device-width,initial-scale=1">')
-    head = _tag('head', metas, _tag('title', escape(title)), _tag('style', _CSS, _PAGE))
-    body = _tag('div', header, _tag('main', *parts), footer, cls='page')
-    whole = _tag('html', head, _tag('body', body, cls='reid'), lang='en')
-    return f'<!doctype html>\n{whole}\n'
+    return _templates().get_template('report.html.j2').render(
+        found={k: f(page) for k,f in _SECTIONS.items()}, title=title, intro=intro,
+        day=time.strftime('%Y-%m-%d'), versions=versions(), right=RIGHT, wrong=WRONG, open=OPEN)

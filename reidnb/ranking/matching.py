@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ..core.figures import HUES, INK, font, legend_strip
+from ..core.figures import PALETTE, INK, font, legend_strip
 
 # %% ../../nbs/ranking/40_matching.ipynb #56d87b1d
 def unit_maps(
@@ -442,7 +442,7 @@ def draw_matches(
     for k in matches.order()[:n].flip(0).tolist():
         ends = [(x0+(float(p[1])+.5)/w*wh[0], (float(p[0])+.5)/h*wh[1])
                 for p,x0,wh in zip((matches.query[k], matches.gallery[k]), left, size)]
-        colour = HUES[0] if matches.from_query[k] else HUES[1]
+        colour = PALETTE[0] if matches.from_query[k] else PALETTE[1]
         pen.line(ends, fill=colour, width=2*up)
         for x,y in ends:
             pen.ellipse((x-4*up, y-4*up, x+4*up, y+4*up), fill=colour, outline='white', width=up)
@@ -452,7 +452,7 @@ def draw_matches(
 def _named(sheet, middle):
     "Matches with the names of the crops above and of the colours below"
     names = ('query', 'gallery')
-    foot = legend_strip({f'best match of a {k} place': c for k,c in zip(names, HUES)}, sheet.width)
+    foot = legend_strip({f'best match of a {k} place': c for k,c in zip(names, PALETTE)}, sheet.width)
     out = Image.new('RGB', (max(sheet.width, foot.width), 17+sheet.height+5+foot.height), 'white')
     for x,text in zip(middle, names):
         ImageDraw.Draw(out).text((x, 1), text, fill=INK, font=font(11), anchor='ma')

@@ -7,11 +7,12 @@ __all__ = ['pick_clusters', 'cluster_sheet', 'merged_clusters', 'split_people', 
 
 # %% ../../nbs/viz/30_clusters.ipynb #b92728c4
 import numpy as np
+import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
-from reidnb.core.figures import (HUES, INK, OPEN, RIGHT, WRONG, camera_name, caption, panels, tile,
-    tile_sheet, words)
+from ..core.figures import (BLUE, CYAN, INK, OPEN, PURPLE, RED, RIGHT, WRONG, YELLOW, camera_name,
+    caption, panels, tile, tile_sheet, words)
 from ..data.crops import Crops
 from ..neighbours.clustering import suggest_eps
 
@@ -123,7 +124,7 @@ def _mixed(groups, members, labels, pids):
     return sorted(out, key=lambda g: (max(g[1].values())-sum(g[1].values()), g[0]))
 
 # %% ../../nbs/viz/30_clusters.ipynb #3e5c4e96
-_NEUTRAL = [HUES[i] for i in (0,3,5,4)] # no green and no red: they mean right and wrong
+_NEUTRAL = [BLUE, YELLOW, PURPLE, CYAN] # no green and no red: they mean right and wrong
 
 def people_sheet(
     crops:Crops, # The table, `N` crops
@@ -166,10 +167,11 @@ def plot_sizes(
     people = np.unique(p[p>0], return_counts=True)[1]
     both = np.r_[size, people, 1]
     step = max(1, round(both.max()/20))
-    bins = np.arange(.5, both.max()+step+.5, step)
+    bins = np.arange(.5, both.max()+2*step+.5, step) # an empty bin at the end
     fig, (ax,) = panels(width=4.6)
-    ax.hist(size, bins, color=HUES[0], label='clusters')
-    if len(people): ax.hist(people, bins, histtype='step', color=INK, lw=1.2, label='people')
+    sns.histplot(x=size, bins=bins, ax=ax, color=BLUE, alpha=1, lw=0, label='clusters')
+    if len(people):
+        sns.histplot(x=people, bins=bins, ax=ax, color=INK, element='step', fill=False, lw=1.2, label='people')
     share = 100*(y<0).mean() if len(y) else 0
     words(ax, title or f'{len(size)} clusters, {share:.0f} % of the crops are noise',
           'crops in a cluster'+', or of a person'*(len(people)>0),
@@ -186,8 +188,8 @@ def plot_eps(
     d = np.sort(np.asarray(d)); turn = suggest_eps(d)
     fig, (ax,) = panels(width=4.6)
     at = np.unique(np.linspace(0, len(d)-1, min(len(d), 200)).astype(int))
-    ax.plot(at, d[at], c=HUES[0], lw=1.6, label='k-distance of a crop')
-    ax.plot((d<turn).sum(), turn, 'o', c=HUES[1], label=f'turn {turn:.2f}')
+    ax.plot(at, d[at], c=BLUE, lw=1.6, label='k-distance of a crop')
+    ax.plot((d<turn).sum(), turn, 'o', c=RED, label=f'turn {turn:.2f}')
     if eps is not None: ax.axhline(eps, c=INK, ls='--', lw=1, label=f'used {eps:.2f}')
     words(ax, title or f'{(d<=turn).sum()} of {len(d)} crops are cores at the turn',
           'crops, sorted by k-distance', 'k-distance', 'lower right')

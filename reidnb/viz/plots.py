@@ -7,11 +7,12 @@ __all__ = ['plot_cmc', 'distance_groups', 'plot_distances', 'confusion', 'embed_
 
 # %% ../../nbs/viz/20_plots.ipynb #01583b07
 import numpy as np
+import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from ..core.figures import HUES, INK, as_array, camera_name, panels, words
+from ..core.figures import BLUE, INK, PALETTE, PURPLE, RED, as_array, camera_name, panels, words
 from ..ranking.evaluation import Metrics
 from .sheets import check_distances
 
@@ -30,7 +31,7 @@ def plot_cmc(
     fig,(ax,) = panels()
     for i,(name,m) in enumerate(metrics.items()):
         cmc = 100*m.cmc[:max_rank]
-        ax.plot(range(1, len(cmc)+1), cmc, _DASHES[i//7%4], color=HUES[i%7], marker=_MARKS[i%7],
+        ax.plot(range(1, len(cmc)+1), cmc, _DASHES[i//7%4], color=PALETTE[i%7], marker=_MARKS[i%7],
                 ms=4, lw=1.6, markevery=[j for j in (0,4,9,19) if j<len(cmc)],
                 label=f'{name}: mAP {100*m.mAP:.1f}, R1 {cmc[0]:.1f}')
     best = max(metrics, key=lambda k: metrics[k].rank(1))
@@ -87,14 +88,14 @@ def plot_distances(
     else: groups = distance_groups(dist, q_pids, g_pids, q_cams, g_cams)
     if not groups: raise ValueError('no pair of labelled images: distances cannot be told apart')
     low, high = (f(g[i] for g in groups.values()) for f,i in ((min,0),(max,-1)))
-    x = np.linspace(low, high if high>low else low+1, 64)
+    x = np.linspace(low, high if high>low else low+1, 256)
     fig,(ax,) = panels(width=6.2)
     for name,v in groups.items():
-        colour = HUES[0] if name.startswith('same person') else HUES[1]
-        y, dash = _density(v, x), '--' if name.endswith('same camera') else '-'
+        colour = BLUE if name.startswith('same person') else RED
         label = name.replace(', ', ',\n')
-        ax.plot(x, y, dash, c=colour, lw=1.7, label=f'{label} ({len(v):,})')
-        if name in _RIVALS: ax.fill_between(x, y, color=colour, alpha=.15, lw=0)
+        _draw_density(ax, v, x, color=colour, ls='--' if name.endswith('same camera') else '-', lw=1.7,
+                      label=f'{label} ({len(v):,})')
+        if name in _RIVALS: ax.fill_between(*ax.lines[-1].get_data(), color=colour, alpha=.15, lw=0)
     ax.set_ylim(0)
     words(ax, title or _claim(groups), 'distance', 'density', 'aside')
     return fig
@@ -112,14 +113,13 @@ def confusion(
 # %% ../../nbs/viz/20_plots.ipynb #79a659f5
 _RIVALS = 'same person, other camera', 'other person, same camera' # the two sides of equation 1
 
-def _density(v, x):
-    "Smoothed histogram of `v` on the even grid `x`; the width is Scott's rule"
+def _draw_density(ax, v, x, **style):
+    "Density of `v` counted on the even grid `x`, however many there are; the width is Scott's rule"
     step = x[1]-x[0]
-    h = np.histogram(v, np.r_[x-step/2, x[-1]+step/2])[0]/(len(v)*step)
-    width = max(v.std()*len(v)**-.2/step, 1.5)
-    t = np.arange(-int(4*width), int(4*width)+1)
-    kernel = np.exp(-.5*(t/width)**2)
-    return np.convolve(h, kernel/kernel.sum())[len(t)//2:][:len(x)]
+    counts = np.histogram(v, np.r_[x-step/2, x[-1]+step/2])[0]
+    counts = np.convolve(counts, [1,2,1], 'same')      # equal values have a width too
+    sns.kdeplot(x=x, weights=counts, bw_method=len(v)**-.2, clip=(x[0], x[-1]), gridsize=100,
+                ax=ax, **style)
 
 def _claim(groups):
     "The sentence above the distributions"
@@ -170,7 +170,7 @@ def plot_2d(
     fig,(ax,) = panels(width=5.8, height=3.4)
     for i,cam in enumerate(np.unique(cams)):
         at = cams==cam
-        ax.scatter(*points[at].T, s=np.clip(6000/len(points), 4, 20), c=HUES[i%7], lw=0, alpha=.8,
+        ax.scatter(*points[at].T, s=np.clip(6000/len(points), 4, 20), c=PALETTE[i%7], lw=0, alpha=.8,
                    marker=_MARKS[i//7%7], label=camera_name(cam), rasterized=len(points)>40)
     for j,pid in enumerate(_to_mark(pids, cams, n_ids)):
         mine = points[as_array(pids)==pid]; middle = mine.mean(0)
@@ -218,20 +218,20 @@ def plot_training(
     tests, x = [r for r in log if 'mAP' in r], _epochs(steps)
     rates = [r.get('lr') for r in steps]
     n = 1 + (None not in rates) + bool(tests)
-    fig,axs = panels(n, 1.2+2.2*n)
+    fig,axs = panels(n, 1.2+2.2*n, 3)
     for i,term in enumerate(_terms(steps)):
         y = np.array([r.get(term, np.nan) for r in steps], float)
-        axs[0].plot(x, y, c=HUES[i%7], lw=.5, alpha=.35, zorder=1, rasterized=len(x)>300)
+        axs[0].plot(x, y, c=PALETTE[i%7], lw=.5, alpha=.35, zorder=1, rasterized=len(x)>300)
         few = np.unique(np.linspace(0, len(x)-1, 60).astype(int))
-        axs[0].plot(x[few], _running_mean(y)[few], _DASHES[i%4], c=HUES[i%7], lw=1.7,
+        axs[0].plot(x[few], _running_mean(y)[few], _DASHES[i%4], c=PALETTE[i%7], lw=1.7,
                     label=term.split('/')[-1])
     total = np.array([r['loss'] for r in steps], float); total = total[np.isfinite(total)]
     ends = [part.mean() if len(part) else np.nan for part in (total[:10], total[-10:])]
-    words(axs[0], title or f'loss from {ends[0]:.3g} to {ends[1]:.3g}', 'epoch', 'loss', 'best',
-          heading='mean (thin: steps)')
+    words(axs[0], title or f'loss from {ends[0]:.3g} to {ends[1]:.3g}', 'epoch', 'loss', 'below',
+          heading='mean (thin: steps)', ncols=3)
     if None not in rates:
         ten = int(np.floor(np.log10(max(max(rates), 1e-12))))
-        axs[1].plot(x, np.array(rates)/10.**ten, c=HUES[5], lw=1.5, rasterized=len(x)>300)
+        axs[1].plot(x, np.array(rates)/10.**ten, c=PURPLE, lw=1.5, rasterized=len(x)>300)
         axs[1].set_ylim(0)
         words(axs[1], 'learning rate', 'epoch', f'learning rate, in 1e{ten}')
     if tests: _score_panel(axs[-1], tests)
@@ -266,8 +266,8 @@ def _score_panel(ax, tests):
     x = [r.get('epoch', i)+1 for i,r in enumerate(tests)]
     for i,k in enumerate(('mAP','R1')):
         if all(k in r for r in tests):
-            ax.plot(x, [100*r[k] for r in tests], 'os'[i]+'-', c=HUES[i*2], ms=4, label=k)
+            ax.plot(x, [100*r[k] for r in tests], 'os'[i]+'-', c=PALETTE[i*2], ms=4, label=k)
     best = max(tests, key=lambda r: r['mAP'])
     ax.set_ylim(0, 100)
     words(ax, f"best mAP {100*best['mAP']:.1f} %, epoch {best.get('epoch', 0)+1}", 'epoch',
-           'held-out score (%)', 'best')
+           'held-out score (%)', 'below', ncols=2)
