@@ -64,7 +64,7 @@ def _sequence(keys): # Keys uint32 `(B,k)` -> what `SeedSequence` makes of each,
     low, high = (out ^ (out>>16)).astype(np.uint64)
     return low | high<<np.uint64(32)
 
-# %% ../../nbs/data/45_items.ipynb #8c96d778
+# %% ../../nbs/data/45_items.ipynb #33ffd94c
 def hash_keys(
     keys:list, # Tuples of numbers from 0
 )->list[int]: # `SeedSequence(key).generate_state(1, uint64)` of each
@@ -73,7 +73,8 @@ def hash_keys(
     out, lengths = [0]*len(keys), [len(w) for w in words]
     for k in set(lengths):
         at = [i for i,n in enumerate(lengths) if n==k]
-        for i,state in zip(at, _sequence(np.array([words[i] for i in at], np.uint32)).tolist()): out[i] = state
+        states = _sequence(np.array([words[i] for i in at], np.uint32))
+        for i,state in zip(at, states.tolist()): out[i] = state
     return out
 
 def item_states(

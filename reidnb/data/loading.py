@@ -77,8 +77,9 @@ class Pixels:
         budget, each = pixel_budget() if budget is None else budget, 3*size[0]*size[1]
         self.crops, self.size, self.room = crops, tuple(size), int(min(len(crops), budget//each))
         if self.room<len(crops):
-            warnings.warn(f"{self.room:,} of {len(crops):,} crops of {crops.name!r} fit into {budget/1e6:,.3g} MB "
-                          f"({each*len(crops)/1e6:,.3g} MB needed): the rest is decoded each time", stacklevel=2)
+            warnings.warn(f"{self.room:,} of {len(crops):,} crops of {crops.name!r} fit into "
+                          f"{budget/1e6:,.3g} MB ({each*len(crops)/1e6:,.3g} MB needed): "
+                          f"the rest is decoded each time", stacklevel=2)
         self.block = _block(self.room*each, shared).view(self.room, 3, *self.size)
         self.known = _block(self.room, shared).numpy()
 
@@ -176,7 +177,7 @@ def box_weights(
     return r, w, (2**24-(2*r+1)*w)//2
 
 # %% ../../nbs/data/55_loading.ipynb #dcf2988d
-def _box(x, r, w, v, c, step): # One pass of eq. 1 over flat images, int32 `(B,M)`; the neighbour is `step` away
+def _box(x, r, w, v, c, step): # One pass of eq. 1 over flat images, int32 `(B,M)`; neighbours `step` apart
     k, m = (r+1)*step, x.shape[1]
     mid = x[:, k:m-k]
     for j in range(step, k, step): mid = mid+x[:, k-j:m-k-j]+x[:, k+j:m-k+j]
@@ -220,8 +221,8 @@ _FORMS = {T.RandomHorizontalFlip: _flip, T.Pad: _pad, T.RandomCrop: _crop, Rando
           T.PILToTensor: _nothing, T.ToDtype: _as_float, T.Normalize: _normalise}
 
 def _program(transform, size): # Draw and deed of each step; None when a step has no form
-    steps, out = _steps(transform), []
-    if [type(t) for t in steps if type(t) in (T.Resize, T.PILToTensor)]!=[T.Resize, T.PILToTensor]: return None
+    steps, out, once = _steps(transform), [], [T.Resize, T.PILToTensor]
+    if [type(t) for t in steps if type(t) in once]!=once: return None
     for t in steps:
         form = _FORMS[type(t)](t, size) if type(t) in _FORMS else None
         if form is None: return None

@@ -64,7 +64,8 @@ class Block:
         batch:Batch, # The batch, for the message
     )->None: # Nothing
         "Remember a step"
-        self.steps.append((facts, list(terms), torch.stack([v.detach().float() for v in terms.values()]), batch.index))
+        values = torch.stack([v.detach().float() for v in terms.values()])
+        self.steps.append((facts, list(terms), values, batch.index))
 
     def take(self,
         alone:bool=False, # Values of this process, since the others may not look
@@ -113,7 +114,7 @@ class Run:
         if self.method.settings.tensorboard:
             for row in rows: self.accelerator.log(row, step=row.get('step', self.step))
 
-# %% ../../nbs/training/60_loop.ipynb #c835fdac
+# %% ../../nbs/training/60_loop.ipynb #bf19bed9
 @patch
 def look(self:Run,
     alone:bool=False, # The other processes may not look: nothing is logged where there are some
@@ -122,13 +123,14 @@ def look(self:Run,
     good, bad = self.block.take(alone)
     rows = [{'loss': sum(terms.values()), **terms} for _,terms,_ in good]
     if not alone or self.accelerator.num_processes==1:
-        self.write(*({'epoch': f['epoch'], 'step': f['step'], **row, 'lr': f['lr']} for (f, *_),row in zip(good, rows)))
+        self.write(*({'epoch': f['epoch'], 'step': f['step'], **row, 'lr': f['lr']}
+                     for (f, *_),row in zip(good, rows)))
     if bad:
         facts, terms, index = bad
         name = next(k for k,v in terms.items() if not np.isfinite(v))
         raise NonFiniteLoss(
-            f'loss term {name!r} is {terms[name]} in epoch {facts["epoch"]}, step {facts["step"]}; rows of the '
-            f'batch: {index.tolist()[:16]}. Lower lr, set clip, or use precision no/bf16; '
+            f'loss term {name!r} is {terms[name]} in epoch {facts["epoch"]}, step {facts["step"]}; '
+            f'rows of the batch: {index.tolist()[:16]}. Lower lr, set clip, or use precision no/bf16; '
             f'the last checkpoint is unharmed')
     return rows[-1] if rows else {}
 
