@@ -28,7 +28,7 @@ def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, step):
     finish(start(CHILD, out, 4, step), -signal.SIGKILL)
     assert not (out / 'model.safetensors').exists()
     rows = (out / 'log.jsonl').read_text().count('"loss"')
-    assert 0 < rows == step - 1   # the step that was cut wrote no row
+    assert (step - 1) // 4 * 4 <= rows < step   # all rows that the checkpoint counts on; a block may be lost
     finish(start(CHILD, out, 4))
     assert plain(out) == plain(whole)
     a, b = (safetensors.torch.load_file(d / 'model.safetensors') for d in (whole, out))

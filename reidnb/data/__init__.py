@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'transforms': 'train_transform test_transform pipeline RandomErasing Views',
     'items': 'CropDataset Row',
     'samplers': 'PKSampler ShuffleSampler CameraDiversePK MoreCameraPK PerCameraParallel FixedLength',
-    'loading': 'AugmentedLoader ResidentLoader CachedCrops BatchAugment cache_pixels cache_for'})
+    'loading': 'EpochLoader BatchDataset BatchAugment Pixels batch_form training_items'})
 
 import reidnb.data.checks  # noqa: E402,F401  gives `ReIDData` its method `validate`

@@ -66,11 +66,12 @@ class RandomErasing(nn.Module):
     def box(self,
         height:int, # Image height, pixels
         width:int, # Image width, pixels
+        generator:torch.Generator=None, # Source of the draws; None: torch's own
     )->tuple|None: # Top, left, height, width in pixels; None after too many attempts
         "Draw a rectangle (eq. 1)"
         (a1, a2), (r1, r2) = self.area, self.aspect
         for _ in range(self.attempts):
-            a, r, top, left = torch.rand(4, dtype=torch.float64).tolist()
+            a, r, top, left = torch.rand(4, dtype=torch.float64, generator=generator).tolist()
             a, r = (a1+(a2-a1)*a)*height*width, r1+(r2-r1)*r
             h, w = round((a*r)**.5), round((a/r)**.5)
             if 0<h<height and 0<w<width:
@@ -189,12 +190,14 @@ class RandomOcclusion(nn.Module):
     def box(self,
         height:int, # Image height, pixels
         width:int, # Image width, pixels
+        generator:torch.Generator=None, # Source of the draws; None: torch's own
     )->tuple|None: # Top, left, side in pixels; None when the image is too small
         "Draw a square"
         end = int(self.largest*min(height, width))
+        draw = lambda *n: int(torch.randint(*n, (), generator=generator))
         if end<2: return None
-        side = int(torch.randint(1, end, ()))
-        return int(torch.randint(height-side+1, ())), int(torch.randint(width-side+1, ())), side
+        side = draw(1, end)
+        return draw(height-side+1), draw(width-side+1), side
 
     def forward(self,
         image, # PIL image, RGB
@@ -221,13 +224,21 @@ class Cutout(nn.Module):
             raise ValueError(f"cutout of {n} squares of side {side}: n >= 1, 0 < side <= 1")
         self.n, self.side, self.value = n, side, (value,)*3 if np.ndim(value)==0 else tuple(value)
 
+    def boxes(self,
+        height:int, # Image height, pixels
+        width:int, # Image width, pixels
+        generator:torch.Generator=None, # Source of the draws; None: torch's own
+    )->list: # Top, left, side of each square, pixels; it may stick out of the image
+        "Draw the squares"
+        side = max(1, round(self.side*min(height, width)))
+        draw = lambda n: int(torch.randint(n, (), generator=generator))
+        return [(draw(height)-side//2, draw(width)-side//2, side) for _ in range(self.n)]
+
     def forward(self,
         image, # PIL image, RGB
     ): # A copy with the squares filled; those at the border are cut off
-        image, side = image.copy(), max(1, round(self.side*min(image.size)))
-        for _ in range(self.n):
-            top = int(torch.randint(image.height, ()))-side//2
-            left = int(torch.randint(image.width, ()))-side//2
+        image = image.copy()
+        for top,left,side in self.boxes(image.height, image.width):
             image.paste(self.value, (left, top, left+side, top+side))
         return image
 
@@ -245,13 +256,19 @@ class GaussianBlur(nn.Module):
         if not 0<=radius[0]<=radius[1]: raise ValueError(f"blur radius {radius}: 0 <= low <= high")
         self.p, self.radius = p, radius
 
+    def draw(self,
+        generator:torch.Generator=None, # Source of the draws; None: torch's own
+    )->float|None: # Standard deviation, pixels; None: no blur
+        "Draw whether and how much to blur"
+        if torch.rand((), generator=generator)>=self.p: return None
+        low, high = self.radius
+        return low+(high-low)*float(torch.rand((), dtype=torch.float64, generator=generator))
+
     def forward(self,
         image, # PIL image, RGB
     ): # Blurred image, or the image itself
-        if torch.rand(())>=self.p: return image
-        low, high = self.radius
-        radius = low+(high-low)*float(torch.rand((), dtype=torch.float64))
-        return image.filter(ImageFilter.GaussianBlur(radius))
+        radius = self.draw()
+        return image if radius is None else image.filter(ImageFilter.GaussianBlur(radius))
 
     def extra_repr(self): return f"p={self.p}, radius={self.radius}"
 

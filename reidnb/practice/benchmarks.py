@@ -6,7 +6,9 @@
 __all__ = ['JOBS', 'simulate', 'Job', 'Side', 'bench', 'table', 'growth']
 
 # %% ../../nbs/practice/36_benchmarks.ipynb #a9ef3df6
+import itertools
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.checkpoints import seed_everything
 from ..core.costs import high_water
+from ..methods.registry import recipe
 from ..neighbours.clustering import dbscan, score_overlap
 from ..neighbours.nearest import knn
 from ..neighbours.reciprocal import encode, jaccard, pair_distances
@@ -24,6 +28,8 @@ from ..ranking.evaluation import evaluate
 from ..ranking.lifting import tlift
 from ..ranking.matching import QAConvMatcher, score_matrix
 from ..ranking.reranking import rerank, rerank_distances
+from ..training.loop import Run, train_epoch
+from ..world.sites import make_site
 
 # %% ../../nbs/practice/36_benchmarks.ipynb #1c71471f
 def simulate(
@@ -122,6 +128,7 @@ class Job:
     make:Callable # Scale of the counts -> tuple of inputs
     sides:dict # Name -> function of the inputs, ours first
     goal:dict # Name of a side -> its time over ours that we want at least
+    turns:bool=False # All sides in one process and on one input, in turns
 
 def _market(scale):
     q,g = simulate(int(3368*scale))[0], simulate(int(15913*scale), seed=1)[0]
@@ -154,6 +161,37 @@ def _maps(scale):
     make = lambda n: F.normalize(torch.randn(n, 128, 24, 8, generator=g), dim=1)
     return QAConvMatcher(24, 8).eval(), make(max(1, int(64*scale))), make(max(1, int(256*scale)))
 
+# %% ../../nbs/practice/36_benchmarks.ipynb #4d07eceb
+def _training(name, **changes): # Input of a job: a run of a recipe, and batches for the bare step
+    def make(scale):
+        crops = make_site('campus', n_train=16, n_test=2).train
+        cls, s = recipe(name, **changes)
+        seed_everything(0)
+        run, n = Run(cls(s, crops), tempfile.mkdtemp(), progress=False), max(2, int(20*scale))
+        endless = itertools.chain.from_iterable(map(run.method.epoch, itertools.count()))
+        run.method.epoch = lambda _: itertools.islice(endless, n)
+        with torch.enable_grad():
+            for _ in range(1+2*(scale==1)): train_epoch(run)
+        return run, list(itertools.islice(endless, n))
+    return make
+
+def _train_ours(run, batches):
+    with torch.enable_grad(): train_epoch(run)
+
+def _train_bare(run, batches):
+    run.model.train()
+    with torch.enable_grad():
+        for batch in batches:
+            sum(run.method.loss(batch).values()).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.method.after_batch(batch)
+            run.method.after_step()
+
+def _training_job(name, **changes):
+    return Job(f'training {name}, 20 steps; the ratio is its share of the bare step', _training(name, **changes),
+               {'ours': _train_ours, 'bare step': _train_bare}, {'bare step': .9}, turns=True)
+
 # %% ../../nbs/practice/36_benchmarks.ipynb #645c1c1d
 def _qaconv_ours(matcher, q, g): return score_matrix(matcher, q, g)
 
@@ -183,6 +221,8 @@ JOBS = {
     'qaconv': Job('QAConv, 64 x 256 maps of 128x24x8', _maps,
                   {'ours': _qaconv_ours, 'published': _published_qaconv, 'bare matmul': _qaconv_floor},
                   {'published': 2, 'bare matmul': .6}),
+    'train-baseline': _training_job('baseline-small'), 'train-qaconv': _training_job('qaconv-small'),
+    'train-scr': _training_job('scr-small'), 'train-ice': _training_job('ice-small', iterations=10**4),
 }
 
 # %% ../../nbs/practice/36_benchmarks.ipynb #0e61d8e0
@@ -193,18 +233,27 @@ class Side:
     side:str # Side
     seconds:float # Median over the repeats
     megabytes:float # Peak memory beyond the input
-    ratio:float # Seconds over ours
+    ratio:float # Seconds over ours, median over the repeats
 
-def _run(job, side, scale, threads):
-    "Seconds and MB of one side, in this process"
-    torch.set_num_threads(threads)
-    inputs = JOBS[job].make(scale)
-    before = high_water(reset=True)
-    start = time.perf_counter()
+def _timed(job, side, inputs):
+    before, start = high_water(reset=True), time.perf_counter()
     with torch.no_grad(): out = JOBS[job].sides[side](*inputs)
     seconds = time.perf_counter()-start
     times = out[1] if side=='published' and isinstance(out, tuple) else 1
     return seconds*times, high_water()-before
+
+def _run(job, side, scale, threads):
+    "Seconds and MB of one side, in this process"
+    torch.set_num_threads(threads)
+    return _timed(job, side, JOBS[job].make(scale))
+
+def _in_turns(job, scale, threads, repeats):
+    "Seconds and MB of all sides, in this process and on one input; every other repeat begins with the last"
+    torch.set_num_threads(threads)
+    inputs, runs = JOBS[job].make(scale), {side: [] for side in JOBS[job].sides}
+    for k in range(repeats):
+        for side in list(runs)[::1-2*(k%2)]: runs[side].append(_timed(job, side, inputs))
+    return runs
 
 def _alone(run, isolated, *args):
     "What a function returns, from a fresh process or from this one"
@@ -228,15 +277,17 @@ def bench(
     if not 0<scale<=1: raise ValueError(f'scale={scale}: above 0, at most 1')
     out = []
     for job in jobs:
-        runs = {side: [] for side in JOBS[job].sides}
-        for _ in range(repeats):
-            for side in runs:
-                runs[side].append(_alone(_run, isolated, job, side, scale, threads))
-        ours = None
+        if JOBS[job].turns: runs = _alone(_in_turns, isolated, job, scale, threads, repeats)
+        else:
+            runs = {side: [] for side in JOBS[job].sides}
+            for _ in range(repeats):
+                for side in runs:
+                    runs[side].append(_alone(_run, isolated, job, side, scale, threads))
+        ours = np.array(runs[next(iter(runs))])[:, 0]
         for side,r in runs.items():
             seconds, megabytes = np.median(r, 0).tolist()
-            ours = ours or seconds
-            out.append(Side(job, side, seconds, megabytes, seconds/ours))
+            ratio = float(np.median(np.array(r)[:, 0]/ours))
+            out.append(Side(job, side, seconds, megabytes, ratio))
             if report: report(out[-1])
     return out
 

@@ -12,11 +12,10 @@ from typing import Iterable, Literal
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..core.distributed import rank_size
 from ..data.crops import Crops
-from ..data.items import CropDataset
+from ..data.loading import EpochLoader, training_items
 from ..networks import extraction
 from ..networks.backbones import Backbone, make_backbone
 from ..networks.norms import convert_norms
@@ -142,13 +141,16 @@ def optimizer(self:Method,
 def loader(self:Method,
     sampler, # Plans batches over all processes, see `reidnb.data.samplers`
     transform=None, # From PIL image to what a batch stacks; not used with `dataset`
-    dataset=None, # Items (image, row) with `set_epoch`; None: a `CropDataset` of the training crops
-)->DataLoader: # Yields (images, rows)
-    "A loader over the training crops; augmentation depends on (seed, epoch, row, visit), not on `workers`"
-    data, workers = dataset, self.settings.workers
-    if data is None: data = CropDataset(self.crops, transform, seed=self.settings.seed)
-    return DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers>0,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    dataset=None, # Items (image, row) with `set_epoch`; None: the training crops, see `training_items`
+)->EpochLoader: # Yields (images, rows)
+    "A loader over the training crops; the same transform finds pixels and processes of an earlier epoch"
+    kept, s = self.__dict__.setdefault('_loaders', []), self.settings
+    for t,d,old in kept:
+        if t is transform and d is dataset: return old.again(sampler)
+    data = training_items(self.crops, transform, s.seed) if dataset is None else dataset
+    kept.append((transform, dataset, EpochLoader(data, sampler, s.workers)))
+    del kept[:-4]   # a transform made anew for each epoch must not keep all of them
+    return kept[-1][2]
 
 @patch
 def batches(self:Method,
