@@ -95,19 +95,22 @@ def pair_distances(
     step, y = 256 if x.device.type=='cpu' else 2**16, x if y is None else y   # a block stays in the cache
     def distance(i, j):
         i, j = (torch.from_numpy(a).to(x.device) for a in (i, j))
-        out = [(x[i[s:s+step]]-y[j[s:s+step]]).square_().sum(1) for s in range(0, len(i), step)]
+        out = [(x[a]-y[b]).double().square_().sum(1).float() for a,b in zip(i.split(step), j.split(step))]
         return torch.cat(out).cpu().numpy() if out else np.zeros(0, np.float32)
     return distance
 
 # %% ../../nbs/neighbours/10_nearest.ipynb #6010c459
 def _by_pairs(rows, j, x, y, k, own):
-    "Keys of the first `k` of candidates `j` of some rows, in the order of eq. 1"
-    out, step = j.new_empty(len(j), k), max(1, 2**(18 if x.device.type=='cpu' else 26)//(j.shape[1]*x.shape[1]))
+    "The first `k` of candidates `j` of some rows in the order of eq. 1, and their distances"
+    step = max(1, 2**(17 if x.device.type=='cpu' else 25)//(j.shape[1]*x.shape[1]))
+    j, out = j.clone(), x.new_empty(len(j), k)
     for a in range(0, len(j), step):
-        r, c = rows[a:a+step,None], j[a:a+step]
-        place = torch.where(c==r, 0, c+1) if own else c+1            # a row itself comes before its equals
-        out[a:a+step] = _pack((x[r]-y[c]).square_().sum(2), place).sort(1).values[:,:k]
-    return out
+        c, r = j[a:a+step], rows[a:a+step,None]
+        c = (c.masked_fill(c==r, -1) if own else c).sort(dim=1).values   # a row itself comes before its equals
+        c = torch.where(c<0, r, c)
+        d, order = (x[r]-y[c]).double().square_().sum(2).sort(dim=1, stable=True)
+        j[a:a+step], out[a:a+step] = c.gather(1, order), d[:,:k].float()
+    return j[:,:k], out
 
 def _in_float64(rows, x, y, m, scale, own, step):
     "Candidates of some rows by float64 products; less than 2^-32 of the scale is a tie"
@@ -121,14 +124,14 @@ def _in_float64(rows, x, y, m, scale, own, step):
 def _proved(near, x, y, k, own, step):
     "The first `k` of the candidates by eq. 1; where eq. 2 fails, of float64 candidates"
     rows, m = torch.arange(len(x), device=x.device), near.index.shape[1]
-    best = _by_pairs(rows, near.index, x, y, k, own)
-    last, scale = _unpack(best[:,-1])[0], (x.norm(dim=1)+y.norm(dim=1).max()).square()
-    sure = near.distance[:,-1]-(x.shape[1]+4)*2**-24*(scale+last)>last
+    index, d = _by_pairs(rows, near.index, x, y, k, own)
+    scale = (x.norm(dim=1)+y.norm(dim=1).max()).square()
+    sure = near.distance[:,-1]-(x.shape[1]+4)*2**-24*(scale+d[:,-1])>d[:,-1]
     if m<len(y):
         for i in rows[~sure].split(step):
             j = _in_float64(i, x, y, m, max(float(scale.max()), 1e-30), own, step)
-            best[i] = _by_pairs(i, j, x, y, k, own)
-    return _sorted(best, near.far, rows if own else None)
+            index[i], d[i] = _by_pairs(i, j, x, y, k, own)
+    return Neighbours(index, d, near.far)
 
 # %% ../../nbs/neighbours/10_nearest.ipynb #40035fc7
 def knn(
