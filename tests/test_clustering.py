@@ -89,7 +89,8 @@ def test_the_order_of_the_rows_tells_nothing(seed, rho, statistic, source, noise
     S, T = jaccard(x, k1=12), jaccard(x[p], k1=12)
     eps = lambda S, u: eps_from_rho(S, rho, statistic=statistic, offset=u)
     turn = lambda S, u: suggest_eps(k_distances(S, offset=u))
-    assert eps(S[p][:, p], v) == eps(S, u) and turn(S[p][:, p], v) == turn(S, u)
+    assert abs(eps(S[p][:, p], v) - eps(S, u)) <= (0 if u is None else 1e-6)   # sums of absent pairs: by groups
+    assert turn(S[p][:, p], v) == turn(S, u)
     y, z = dbscan(S, .4, offset=u), dbscan(S[p][:, p], .4, offset=v)
     core = k_distances(S, offset=u) <= .4
     assert adjusted_rand_score(y[p][core[p]], z[core[p]]) == 1 and ((y < 0)[p] == (z < 0)).all()
