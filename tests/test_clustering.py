@@ -15,7 +15,7 @@ from reidnb.practice.benchmarks import _matmul_all, simulate
 from reidnb.neighbours.clustering import (
     agglomerative, cluster, cluster_stats, Clusters, dbscan, eps_from_rho,
     inter_camera_distance, k_distances, kmeans, mu_schedule, per_camera, reliable,
-    score_overlap, suggest_eps)
+    SAME, score_overlap, suggest_eps)
 from reidnb.neighbours.nearest import knn
 from reidnb.neighbours.reciprocal import jaccard
 
@@ -61,11 +61,51 @@ def test_dbscan_equals_sklearn_on_the_dense_matrix(graph, eps, min_samples):
 def test_eps_equals_sorting_all_pairs(graph, rho, statistic):
     S, u = graph
     d = np.sort(dense(S, u)[np.triu_indices(S.shape[0], 1)])
-    d = d[d > 0].astype(np.float64)
+    d = d[d > SAME].astype(np.float64)
     if not len(d): want = 0
     elif statistic == 'mean': want = d[:max(1, round(rho*len(d)))].mean()
     else: want = d[min(len(d) - 1, round(rho*len(d)))]
     assert abs(eps_from_rho(S, rho, statistic=statistic, offset=u) - want) < 1e-6
+
+
+def people(seed, n=160, copies=80, noise=0.):
+    "Unit features of 20 people, some rows several times; `noise` as another batch would leave it"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(20, (n,), generator=g)
+    x = F.normalize(torch.randn(20, 48, generator=g)[y] + .8*torch.randn(n, 48, generator=g), dim=1)
+    x = torch.cat([x, x[torch.randint(n//4, (copies,), generator=g)]])
+    return F.normalize(x + noise*torch.randn(x.shape, generator=g), dim=1) if noise else x
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2e-3, .02, .1]), st.sampled_from(['mean', 'value']), st.booleans(),
+       st.sampled_from([0., 3e-7]))
+def test_the_order_of_the_rows_tells_nothing(seed, rho, statistic, source, noise):
+    "Copies among the rows: a permuted similarity gives the same bits, permuted features the same within SAME"
+    x = people(seed, noise=noise)
+    p = np.random.default_rng(seed).permutation(len(x))
+    u = np.random.default_rng(seed).random(len(x)).astype(np.float32) if source else None
+    v = None if u is None else u[p]
+    S, T = jaccard(x, k1=12), jaccard(x[p], k1=12)
+    eps = lambda S, u: eps_from_rho(S, rho, statistic=statistic, offset=u)
+    turn = lambda S, u: suggest_eps(k_distances(S, offset=u))
+    assert abs(eps(S[p][:, p], v) - eps(S, u)) <= (0 if u is None else 1e-6)   # sums of absent pairs: by groups
+    assert turn(S[p][:, p], v) == turn(S, u)
+    y, z = dbscan(S, .4, offset=u), dbscan(S[p][:, p], .4, offset=v)
+    core = k_distances(S, offset=u) <= .4
+    assert adjusted_rand_score(y[p][core[p]], z[core[p]]) == 1 and ((y < 0)[p] == (z < 0)).all()
+    copy = 1 - S.toarray()[np.triu_indices(len(x), 1)]
+    assert (copy <= SAME).sum() > 10 and eps(S, u) > SAME and (noise or (copy == 0).sum() > 10)
+    if u is None:     # which copy of a row is cut from a list is up to the order, so `u` must not tell them apart
+        assert abs(eps(T, v) - eps(S, u)) < SAME and abs(turn(T, v) - turn(S, u)) < SAME
+        a, b = (quiet(cluster, M, rho=max(rho, .02), least=1) for M in (S, T))
+        assert (a.n, a.stats['outliers'], a.stats['largest']) == (b.n, b.stats['outliers'], b.stats['largest'])
+
+
+def test_copies_but_for_rounding():
+    "Which of the two numbers of a pair is read does not matter"
+    S = sp.csr_matrix(np.array([[1, 1, .5], [1 - 6e-8, 1, .5], [.5, .5, 1]], np.float32))
+    for i in (S, S.T.tocsr()): assert eps_from_rho(i, 1.) == .5
 
 
 @settings(max_examples=100, deadline=None)
@@ -158,6 +198,22 @@ def test_agglomerative(n, k, seed, how):
         min(n, k), metric='precomputed', linkage=how).fit_predict(D)) == 1
     tied = agglomerative(np.ones((n, n)), k)
     assert tied.max() + 1 == min(n, k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 25), st.integers(0, 10**6), st.sampled_from([.05, .3, .8]))
+def test_a_join_at_the_threshold_is_made(n, seed, rho):
+    "scikit-learn stops at it: the same groups a little above, one pair or more less at the tie"
+    x = np.random.default_rng(seed).random((n, 3))
+    D = np.sqrt(((x[:, None] - x)**2).sum(-1))
+    d = np.sort(D[np.triu_indices(n, 1)])
+    theirs = lambda t: AgglomerativeClustering(None, metric='precomputed', linkage='single',
+                                               distance_threshold=t).fit_predict(D)
+    edge = d[0]                                                   # the first join of any linkage
+    ours = agglomerative(D, threshold=edge, linkage='single')
+    assert ours.max() == n - 2 and theirs(edge).max() == n - 1 and theirs(edge*(1 + 1e-9)).max() == n - 2
+    t = d[round(rho*(len(d) - 1))]
+    assert adjusted_rand_score(agglomerative(D, threshold=t, linkage='single'), theirs(t*(1 + 1e-9))) == 1
 
 
 def test_agglomerative_edges():
