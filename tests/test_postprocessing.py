@@ -13,7 +13,7 @@ from reidnb.ranking.lifting import TLIFT_APPENDIX, tlift, unit_scores
 from reidnb.networks.extraction import extract
 from reidnb.core.costs import _resident, Peak
 from reidnb.ranking.postprocessing import postprocess, POSTS
-from reidnb.training.scoring import score_posts
+from reidnb.training.scoring import rank
 from reidnb.ranking.reranking import rerank_distances
 from reidnb.world.sites import make_site
 

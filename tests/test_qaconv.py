@@ -22,7 +22,7 @@ from reidnb.methods.qaconv import (
     combine_all, contributions, explore_matches, LOSSES, MapEncoder, MatchView, QAConv,
     QAConvSettings)
 from reidnb.core.distributed import global_batch_norm, rank_size
-from reidnb.practice.gallery import build_gallery
+from reidnb.practice.gallery import Gallery
 from reidnb.core.checkpoints import load_checkpoint
 from reidnb.core.checkpoints import seed_everything
 from reidnb.training.loop import fit
@@ -58,8 +58,8 @@ class Killed(QAConv):
     def loss(self, batch):
         return {k: v * (1 + .1 * torch.rand(())) for k, v in super().loss(batch).items()}
 
-    def after_step(self, batch):
-        super().after_step(batch)
+    def after_batch(self, batch):
+        super().after_batch(batch)
         self.done = getattr(self, 'done', 0) + 1
         if self.done == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -328,7 +328,7 @@ def test_second_batch_counts_seen_classes_only():
     "The loss written out pair by pair, with the batch norms of training"
     m = method()
     one, two = first_batches(m, 2)
-    m(one), m.after_step(one)
+    m(one), m.after_batch(one)
     seen = sorted(set(m.labels[one.index].tolist()))
     assert m.memory.seen.nonzero()[:, 0].tolist() == seen and m.facts == {'classes_seen': len(seen)}
     twin = method()
@@ -356,7 +356,7 @@ def test_masked_classes_in_the_statistics(loss):
     one, two = first_batches(a, 2)
     assert sum(a(one).values()).item() == sum(b(one).values()).item() == 0
     assert a.matcher.bn1.num_batches_tracked == 0 and b.matcher.bn1.num_batches_tracked == 1
-    for m in (a, b): m.after_step(one)
+    for m in (a, b): m.after_batch(one)
     cols, y = b.memory.seen.nonzero()[:, 0].tolist(), b.labels[two.index].tolist()
     assert 0 < len(cols) < len(b.memory.seen)
     twin = method(loss=loss, masked_statistics='all')
@@ -384,7 +384,7 @@ def test_a_shared_constant_added_twice():
     "The layer on each half, as release 2.1 adds them: same training, every logit of a test shifted by one constant"
     a, b = (method(shared=True, shared_bias=k) for k in ('once', 'twice'))
     batches = first_batches(a, 2)
-    losses = [[(m(x)['focal'].item(), m.after_step(x))[0] for x in batches] for m in (a, b)]
+    losses = [[(m(x)['focal'].item(), m.after_batch(x))[0] for x in batches] for m in (a, b)]
     assert np.allclose(*losses, atol=1e-5) and losses[0][1] > 0
     b.load_state_dict(a.state_dict())
     (x,), a, b = maps(5, shape=a.encoder.shape), a.eval().matcher, b.eval().matcher
@@ -399,7 +399,7 @@ def test_gamma_zero_is_binary_cross_entropy():
     def loss(**k):
         m = method(**k)
         one, two = first_batches(m, 2)
-        m(one), m.after_step(one)
+        m(one), m.after_batch(one)
         return m, two, sum(m(two).values()).item()
     (m, two, a), (_, _, b) = loss(focus=0.), loss(loss='bce')
     assert a == b
@@ -414,9 +414,9 @@ def test_a_memory_row_is_the_map_of_the_step_without_gradient():
     for batch in first_batches(m, 2):
         y, keep = m.labels[batch.index], m.memory.maps.clone()
         sum(m(batch).values()).backward()
-        maps_then = m.fresh[1]
+        maps_then = batch.kept['maps']
         assert torch.equal(m.memory.maps, keep), 'written only after the step'
-        m.after_step(batch)
+        m.after_batch(batch)
     last = {int(c): i for i, c in enumerate(y)}
     for c, i in last.items(): assert torch.equal(m.memory.maps[c], maps_then[i])
     assert not m.memory.maps.requires_grad and not maps_then.requires_grad
@@ -425,14 +425,14 @@ def test_a_memory_row_is_the_map_of_the_step_without_gradient():
 
 
 def test_averaged_memory_and_unmasked_classes():
-    m = method(memory_keep=.75, mask_unseen=False)
+    m = method(keep=.75, mask_unseen=False)
     one, two = first_batches(m, 2)
     assert m(one)['focal'].item() > 0, 'maps of zeros count as negatives'
-    m.after_step(one)
+    m.after_batch(one)
     was = m.memory.maps.clone()
     m(two)
-    (y, f) = m.fresh
-    m.after_step(two)
+    y, f = two.kept['labels'], two.kept['maps']
+    m.after_batch(two)
     again = [int(c) for c in y if was[int(c)].abs().sum() and (y == c).sum() == 1]
     for c in again: assert torch.allclose(m.memory.maps[c], .75*was[c] + .25*f[y == c][0], atol=1e-6)
 
@@ -440,7 +440,7 @@ def test_averaged_memory_and_unmasked_classes():
 def test_softmax_over_the_memory():
     m = method(loss='softmax')
     one, two = first_batches(m, 2)
-    m(one), m.after_step(one)
+    m(one), m.after_batch(one)
     got = m(two)['softmax'].item()
     cols = m.memory.seen.nonzero()[:, 0].tolist()
     z, y = m.matcher(m.encoder(two.images), m.memory.maps[cols]), m.labels[two.index].tolist()
@@ -475,7 +475,7 @@ def test_every_loss_trains_in_both_precisions(loss, precision):
         assert set(terms) == {*loss.split('+'), 'global'} and all(t.isfinite() and t.dtype == torch.float32 for t in terms.values())
         sum(terms.values()).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
-        opt.step(), m.after_step(batch)
+        opt.step(), m.after_batch(batch)
     assert loss == 'triplet' or m.memory.maps.dtype == torch.float32
 
 
@@ -491,7 +491,7 @@ def test_bf16_run_is_finite(tmp_path):
 def test_defaults_are_those_of_the_table():
     s = QAConvSettings()
     want = dict(height=384, width=128, cut_at='layer3', neck='3x3+bn', dim=128, kernel_size=1, shared=False, shared_bias='once', masked_statistics='seen', loss='focal', focus=2.,
-                memory_keep=0., mask_unseen=True, occlusion='ro', batch_size=32, optimizer='sgd', lr=.01, backbone_lr=.1,
+                keep=0., mask_unseen=True, occlusion='ro', batch_size=32, optimizer='sgd', lr=.01, backbone_lr=.1,
                 weight_decay=5e-4, epochs=60, steps=(40,), gamma=.1, decay='steps', warmup=0, precision='no', clip=0., normalise=False)
     assert {k: getattr(s, k) for k in want} == want
     assert MapEncoder(s).shape == (128, 24, 8)
@@ -540,7 +540,7 @@ def test_the_pixel_layer_has_no_weights():
 
 def test_the_model_file_holds_no_memory(tmp_path):
     m = method(global_weight=.1)
-    for batch in first_batches(m, 2): m(batch), m.after_step(batch)
+    for batch in first_batches(m, 2): m(batch), m.after_batch(batch)
     m.eval()
     names = safetensors.torch.load_file(save_model(m, tmp_path / 'm.safetensors')).keys()
     assert not any(k.startswith(('memory', 'classifier')) for k in names) and any(k.startswith('matcher') for k in names)
@@ -552,7 +552,7 @@ def test_the_model_file_holds_no_memory(tmp_path):
 def test_search_and_score(tmp_path):
     m, c = method(), toy()
     fit(m, tmp_path, progress=False)
-    g = build_gallery(m, c, height=64, width=32, distance=m.distance)
+    g = Gallery.build(m, c)
     hits = g.search(c[:3], k=4)
     d = m.distance(f := extract(m, c, height=64, width=32), f)
     assert hits.rows.tolist() == d[:3].sort(dim=1, stable=True)[1][:, :4].tolist()
@@ -561,8 +561,8 @@ def test_search_and_score(tmp_path):
 
 
 @pytest.mark.parametrize('change,say', [(dict(loss='arc'), 'one of'), (dict(batch_size=1), 'at least 2'), (dict(neck='fc'), 'neck'),
-                                        (dict(loss='triplet', k=1), 'a triplet needs'), (dict(half='int8'), 'half'), (dict(last_stride=3), '1 or 2'),
-                                        (dict(optimizer='lamb'), 'lamb'), (dict(occlusion='fog'), 'fog'), (dict(masked_statistics='none'), "'seen' or 'all'"), (dict(shared_bias='twice'), 'where shared=True'),
+                                        (dict(loss='triplet', k=1), 'a triplet needs'), (dict(half='int8'), 'half'), (dict(last_stride=3), 'one of 1, 2'),
+                                        (dict(optimizer='lamb'), 'lamb'), (dict(occlusion='fog'), 'fog'), (dict(masked_statistics='none'), "'seen', 'all'"), (dict(shared_bias='twice'), 'where shared=True'),
                                         (dict(backbone='tiny'), 'tiny')])
 def test_settings_that_cannot_work_say_so(change, say):
     with pytest.raises(ValueError, match=say): method(**change).optimizer()

@@ -13,7 +13,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -27,47 +27,52 @@ from ..data.samplers import PKSampler, ShuffleSampler
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, method_transform
 from ..losses.identity import cross_entropy
 from ..losses.metric import focal_bce, hard_triplet
-from ..networks.backbones import make_backbone
-from ..networks.extraction import extract
+from ..networks.backbones import Backbone, make_backbone
 from ..networks.memory import ClassMapMemory
 from ..ranking.matching import (Matches, QAConvMatcher, best_matches, correspondences, draw_matches,
     global_feature, score_matrix, unit_maps)
-from ..training.method import Batch, Method, Settings
+from ..training.method import Batch, Method
+from ..training.settings import Count, EncoderSettings, NotNegative, Share, Whole, Within
 
 # %% ../../nbs/methods/20_qaconv.ipynb #32976391
 LOSSES = ('focal', 'bce', 'softmax', 'triplet', 'focal+triplet', 'bce+triplet', 'softmax+triplet')
 
 @dataclass(frozen=True)
-class QAConvSettings(Settings):
+class QAConvSettings(EncoderSettings):
     "Settings of QAConv; the defaults are the published recipe (QAConv section 5.1)"
-    height:int=384 # Height of the input, pixels
-    width:int=128 # Width of the input, pixels
-    optimizer:Literal['adam','sgd']='sgd' # Optimiser
-    lr:float=.01 # Learning rate of neck and matcher
-    steps:tuple[int, ...]=(40,) # Epochs of decay
+    height:Count=384 # Height of the input, pixels
+    width:Count=128 # Width of the input, pixels
+    optimizer:Literal['adam','amsgrad','sgd']='sgd' # Optimiser
+    lr:NotNegative=.01 # Learning rate of neck and matcher
+    steps:tuple[Whole, ...]=(40,) # Epochs of decay
     backbone:str='resnet50' # Network, see `make_backbone`; `resnet152` for tables 1 and 2
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
-    cut_at:str='layer3' # Last stage of the backbone that is kept
-    last_stride:int=2 # Stride of that stage; 1: maps of twice the height and width
-    backbone_lr:float=.1 # Learning rate of the backbone, a share of `lr`
+    cut_at:Literal['stem','layer1','layer2','layer3','layer4']='layer3' # Last stage of the backbone that is kept
+    last_stride:Literal[1,2]=2 # Stride of that stage; 1: maps of twice the height and width
+    backbone_lr:NotNegative=.1 # Learning rate of the backbone, a ratio of `lr`
+    pooling:Literal['none']='none' # Maps are matched, not pooled
     normalise:bool=False # What the backbone reads: normalised crops; False: pixels in `[0,1]`, as published
     neck:Literal['3x3+bn','1x1']='3x3+bn' # Layer on the backbone: that of the release, or of the paper
-    dim:int=128 # Channels of a map
-    kernel_size:int=1 # Side of the query's patches, odd
+    dim:Count=128 # Channels of a map
+    kernel_size:Count=1 # Side of the query's patches, odd
     shared:bool=False # One weight per location for both directions: a symmetric score
     shared_bias:Literal['once','twice']='once' # Constant of the shared weights: once, or with each direction
     half:Literal['no','bf16','fp16']='no' # Precision of the product of two maps
-    batch_size:int=32 # Images in a batch, over all processes
-    k:int=4 # Images of each person in a batch, where there is a triplet loss
+    batch_size:Annotated[int, Within(2)]=32 # Images in a batch, over all processes
+    k:Count=4 # Images of each person in a batch, where there is a triplet loss
     loss:Literal[LOSSES]='focal' # Loss: of memory, of the batch, or both
-    focus:float=2. # Focusing parameter of the focal loss, at least 0 (eq. 1)
-    margin:float=16. # Margin of the triplet loss, in units of the logit
-    memory_keep:float=0. # Keep rate of the class memory, in `[0,1)`; 0 assigns (section 3.3)
+    focus:NotNegative=2. # Focusing parameter of the focal loss (eq. 1)
+    margin:NotNegative=16. # Margin of the triplet loss, in units of the logit
+    keep:Share=0. # Keep rate of the class memory; 0 assigns (section 3.3)
     mask_unseen:bool=True # Leave out classes without a map; False: negatives with a map of zeros
     masked_statistics:Literal['seen','all']='seen' # Classes in the batch norms: those with a map, or all
     occlusion:Literal['none','re','cutout','ro']='ro' # What hides a part of a training image
-    global_weight:float=0. # Weight of the loss of the global branch; 0: no such branch
-    global_fusion:float=1. # Weight of its cosine in the test score, beside 1 for matching
+    global_weight:NotNegative=0. # Weight of the loss of the global branch; 0: no such branch
+    global_fusion:NotNegative=1. # Weight of its cosine in the test score, beside 1 for matching
+
+    def check(self): # Nothing; raises where two fields do not go together
+        super().check()
+        if 'triplet' in self.loss and (self.k<2 or self.batch_size//self.k<2): raise ValueError(
+            f'batches of {self.batch_size} with k={self.k}: a triplet needs 2 x 2 images')
 
 # %% ../../nbs/methods/20_qaconv.ipynb #a989c70e
 class RawPixels(nn.Module):
@@ -88,16 +93,14 @@ class MapEncoder(nn.Module):
     "Images to maps with unit length at every location (QAConv section 3.1)"
     def __init__(self,
         s:QAConvSettings, # Settings
-        weights=None, # Weights of the backbone, see `make_backbone`
+        backbone:Backbone|None=None, # Cut at `s.cut_at`; None: a new one without weights
     ):
         super().__init__()
-        self.backbone = make_backbone(s.backbone, weights=weights, cut_at=s.cut_at,
-                                      last_stride=s.last_stride if s.cut_at=='layer4' else 1)
+        self.backbone = backbone or make_backbone(s.backbone, **_cut(s))
         stride = self.backbone.stride//_unstride(self.backbone, s.cut_at, s.last_stride)
         self.shape = s.dim, -(-s.height//stride), -(-s.width//stride)
         self.pixels = nn.Identity() if s.normalise else RawPixels()
         wide, c = s.neck=='3x3+bn', self.backbone.channels
-        if s.neck not in ('3x3+bn', '1x1'): raise ValueError(f"neck {s.neck!r}: '3x3+bn' or '1x1'")
         conv = nn.Conv2d(c, s.dim, 3, padding=1, bias=False) if wide else nn.Conv2d(c, s.dim, 1)
         self.neck = nn.Sequential(conv, nn.BatchNorm2d(s.dim)) if wide else conv
 
@@ -111,9 +114,12 @@ class MapEncoder(nn.Module):
         return maps
 
 # %% ../../nbs/methods/20_qaconv.ipynb #00b1a334
+def _cut(s):
+    "Where the backbone ends; a last stage other than layer4 gets its stride from `_unstride`"
+    return dict(cut_at=s.cut_at, last_stride=s.last_stride if s.cut_at=='layer4' else 1)
+
 def _unstride(backbone, cut_at, stride):
     "Take the stride out of the last stage; returns by how much the map grew. layer4 did it by itself"
-    if stride not in (1, 2): raise ValueError(f'last_stride={stride}: 1 or 2')
     if stride==2 or cut_at in ('layer4', 'stem', 'layer1'): return 1
     at = backbone.names.index(cut_at)
     for m in (x for part in backbone.modules_of(at) for x in part.modules()):
@@ -132,19 +138,6 @@ def _evaluating(module):
     try: yield module
     finally: module.train(mode)
 
-def _parse(s):
-    "Names of the loss terms; raises for settings that cannot work"
-    if s.loss not in LOSSES: raise ValueError(f"loss {s.loss!r}: one of {', '.join(LOSSES)}")
-    if s.masked_statistics not in ('seen', 'all'):
-        raise ValueError(f"masked_statistics {s.masked_statistics!r}: 'seen' or 'all'")
-    if s.half not in ('no', 'bf16', 'fp16'): raise ValueError(f"half {s.half!r}: 'no', 'bf16' or 'fp16'")
-    if s.batch_size<2: raise ValueError(f'batch_size={s.batch_size}: at least 2')
-    if not 0<=s.memory_keep<1: raise ValueError(f'memory_keep={s.memory_keep}: in [0,1)')
-    if s.focus<0: raise ValueError(f'focus={s.focus}: at least 0')
-    if 'triplet' in s.loss and (s.k<2 or s.batch_size//s.k<2):
-        raise ValueError(f'batches of {s.batch_size} with k={s.k}: a triplet needs 2 x 2 images')
-    return s.loss.split('+')
-
 # %% ../../nbs/methods/20_qaconv.ipynb #2f7280dd
 class QAConv(Method):
     "Matching by query-adaptive convolution, trained against a class memory (Liao and Shao 2020)"
@@ -154,9 +147,8 @@ class QAConv(Method):
         crops:Crops=None, # Labelled training crops; None: for use only
     ):
         super().__init__(settings, crops)
-        s, self.terms = settings, _parse(settings)
-        weights = None if crops is None or s.weights=='none' else s.weights
-        self.encoder = MapEncoder(s, weights)
+        s, self.terms = settings, settings.loss.split('+')
+        self.encoder = MapEncoder(s, self.new_backbone(**_cut(s)))
         half = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[s.half]
         self.matcher = QAConvMatcher(*self.encoder.shape[1:], shared=s.shared, shared_bias=s.shared_bias,
                                      kernel_size=s.kernel_size, half=half)
@@ -168,7 +160,7 @@ class QAConv(Method):
                                            f'matching learns from at least 2')
         self.register_buffer('labels', torch.from_numpy(crops.labels()), persistent=False)
         if self.terms[0]!='triplet':
-            self.memory = ClassMapMemory(crops.n_ids, self.encoder.shape, s.memory_keep)
+            self.memory = ClassMapMemory(crops.n_ids, self.encoder.shape, s.keep)
         if s.global_weight: self.classifier = nn.Linear(s.dim, crops.n_ids)
         sampler = PKSampler(crops.pids, s.batch_size//s.k, s.k, seed=s.seed) if 'triplet' in self.terms else \
             ShuffleSampler(np.flatnonzero(crops.pids>0), s.batch_size, seed=s.seed)
@@ -229,18 +221,17 @@ def loss(self:QAConv,
     if self.terms[0]!='triplet': terms[self.terms[0]] = self.against_memory(maps, y)
     if 'triplet' in self.terms: terms['triplet'] = self.against_batch(maps, y)
     if s.global_weight: terms['global'] = s.global_weight*cross_entropy(self.classifier(maps.mean((2, 3))), y)
-    self.fresh = y, maps.detach()
+    batch.kept.update(labels=y, maps=maps.detach())
     return terms
 
 @patch
-def after_step(self:QAConv,
-    batch:Batch, # The batch of the step
+def after_batch(self:QAConv,
+    batch:Batch, # The batch of the step, with what `loss` kept
 )->None: # Nothing; the memory holds the new maps
     "Write the maps of the step into the memory (QAConv section 3.3)"
     if self.terms[0]!='triplet':
-        self.memory.update(*self.fresh)
+        self.memory.update(batch.kept['labels'], batch.kept['maps'])
         self.facts = dict(classes_seen=int(self.memory.seen.sum()))
-    self.fresh = None
 
 # %% ../../nbs/methods/20_qaconv.ipynb #179f23dd
 @patch
@@ -256,21 +247,6 @@ def distance(self:QAConv,
         cosine = global_feature(q)@global_feature(g).T
         p = (p+s.global_fusion*cosine)/(1+s.global_fusion)
     return 1-p
-
-# %% ../../nbs/methods/20_qaconv.ipynb #97a303c2
-@patch
-def optimizer(self:QAConv,
-)->torch.optim.Optimizer: # Two groups: the backbone at a share of the rate, and the rest
-    "Optimiser with a smaller rate for the backbone (QAConv section 5.1)"
-    s, body = self.settings, list(self.encoder.backbone.parameters())
-    known = {id(p) for p in body}
-    new = [p for p in self.parameters() if id(p) not in known]
-    groups = [dict(params=[p for p in ps if p.requires_grad], lr_scale=k, lr=s.lr*k)
-              for ps,k in ((body, s.backbone_lr), (new, 1.))]
-    if s.optimizer=='adam': return torch.optim.Adam(groups, s.lr, weight_decay=s.weight_decay)
-    if s.optimizer=='sgd': return torch.optim.SGD(
-        groups, s.lr, momentum=.9, nesterov=True, weight_decay=s.weight_decay)
-    raise ValueError(f"optimizer {s.optimizer!r} is neither 'adam' nor 'sgd'")
 
 # %% ../../nbs/methods/20_qaconv.ipynb #106f0f81
 def combine_all(
@@ -363,8 +339,8 @@ def explore_matches(
     height:int=220, # Height of the picture, pixels
 )->MatchView: # Shows itself; `.controls` are the widgets
     "Look through queries, answers and matches (QAConv figure 5)"
-    w, s = _widgets(), method.settings
-    q, g = features or (extract(method, c, height=s.height, width=s.width) for c in (query, gallery))
+    w = _widgets()
+    q, g = features or (method.extract(c) for c in (query, gallery))
     slide = lambda kind, name, low, high, value, **k: kind(
         min=low, max=high, value=value, description=name, **k)
     def draw(query_row, place, threshold, lines):
