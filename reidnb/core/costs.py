@@ -90,7 +90,8 @@ _PAST = [0] # Peaks of the counts that a reset ended, bytes
 def peak_memory(
 )->dict[str,int]: # Bytes: `ram` of this process, `gpu` allocated on the device (0 without one)
     "Peak memory since the process started"
-    return {'ram': max(_highest(), *_PAST), 'gpu': torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {'ram': max(_highest(), *_PAST), 'gpu': gpu}
 
 # %% ../../nbs/core/25_costs.ipynb #f09d87b7
 def high_water(

@@ -95,7 +95,8 @@ def _svg(
                     (rf'(#000000|{INK})\b', 'currentColor'), (r'#f{6}\b', 'var(--card)'),
                     (r'<text', '<text fill="currentColor"')):
         s = re.sub(old, new, s, flags=re.S)
-    s = re.sub(r' d="[MLQCz\d\s.-]*"', lambda m: re.sub(r'(\.\d\d)\d+', r'\1', m[0]), s)  # a hundredth of a point
+    short = lambda path: re.sub(r'(\.\d\d)\d+', r'\1', path[0])   # a hundredth of a point
+    s = re.sub(r' d="[MLQCz\d\s.-]*"', short, s)
     return dict(alt=alt, box=box, width=round(1.7*float(box.split()[2])), body=Markup(s))
 
 # %% ../../nbs/practice/30_report.ipynb #b5247fb8

@@ -171,11 +171,13 @@ def plot_sizes(
     fig, (ax,) = panels(width=4.6)
     sns.histplot(x=size, bins=bins, ax=ax, color=BLUE, alpha=1, lw=0, label='clusters')
     if len(people):
-        sns.histplot(x=people, bins=bins, ax=ax, color=INK, element='step', fill=False, lw=1.2, label='people')
+        sns.histplot(x=people, bins=bins, ax=ax, color=INK, element='step', fill=False, lw=1.2,
+                     label='people')
     share = 100*(y<0).mean() if len(y) else 0
     words(ax, title or f'{len(size)} clusters, {share:.0f} % of the crops are noise',
           'crops in a cluster'+', or of a person'*(len(people)>0),
-          'number of clusters'+', or of people'*(len(people)>0), 'upper right')
+          'number of clusters'+', or of people'*(len(people)>0),
+          'upper right' if len(size)+len(people) else None)
     return fig
 
 # %% ../../nbs/viz/30_clusters.ipynb #169f9287
