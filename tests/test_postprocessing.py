@@ -98,15 +98,13 @@ def test_no_word_from_the_system(monkeypatch):
     assert np.isnan(p.ram)
 
 
-def test_score_posts_tells_seconds_and_memory():
-    site, seconds, megabytes = make_site('campus', n_train=2, n_test=6, seed=1), {}, {}
-    posts = 'none', 'rr', 'rr+tlift'
-    got = score_posts(load_model('small'), site, posts, seconds=seconds, megabytes=megabytes)
-    assert list(got) == list(posts)
-    assert list(seconds) == list(megabytes) == ['features', 'distance', 'rr', 'tlift']
-    only = {}
-    again = score_posts(load_model('small'), site, posts, seconds=only)
-    assert list(only) == list(seconds) and all(again[k].mAP == got[k].mAP for k in posts)
+def test_rank_tells_seconds_and_memory():
+    site, posts = make_site('campus', n_train=2, n_test=6, seed=1), ('none', 'rr', 'rr+tlift')
+    got = rank(load_model('small'), site, posts, memory=True)
+    assert list(got.metrics) == list(got.distances) == list(posts)
+    assert list(got.seconds) == list(got.megabytes) == ['query features', 'gallery features', 'distance', 'rr', 'tlift', 'score']
+    again = rank(load_model('small'), site, posts)
+    assert not again.megabytes and all(again.metrics[k].mAP == got.metrics[k].mAP for k in posts)
 
 
 def test_a_distance_of_cosines_is_the_default(people):
