@@ -27,7 +27,7 @@ from ..core.figures import INK, OPEN, RIGHT, WRONG, data_uri
 from ..core.files import write_atomic
 from ..data.crops import Crops, ReIDData
 from ..training.cards import hardware, versions
-from ..training.scoring import Outcome
+from ..training.scoring import Ranking
 from ..viz.plots import embed_2d, plot_2d, plot_cmc, plot_distances, plot_training
 from ..viz.sheets import ranking
 
@@ -145,7 +145,7 @@ def _label(name):
 @dataclass
 class _Page:
     data:ReIDData # The data
-    outcomes:dict # Name -> `Outcome`, in the order of comparison
+    outcomes:dict # Name -> `Ranking`, in the order of comparison
     pictures:bool=True # Show crops
     k:int=10 # Places of a ranked list
     seed:int=0 # Seed of samples
@@ -153,8 +153,14 @@ class _Page:
     seconds:dict=field(default_factory=dict) # Stage -> wall time, s
 
     def having(self, part):
-        "Outcomes that have this part, as (name, outcome)"
+        "Rankings that have this part, as (name, outcome)"
         return [(n,o) for n,o in self.outcomes.items() if getattr(o, part) is not None]
+
+    def sides(self):
+        "Query and gallery as they were ranked: crops, or a row a walk"
+        last = [*self.outcomes.values()][-1]
+        return [own if own is not None else whole for own,whole in
+                ((last.query, self.data.query), (last.gallery, self.data.gallery))]
 
     def ends(self, part):
         "The first and the last of them"
@@ -169,7 +175,7 @@ def _numbers(
     page:_Page, # The page
 )->dict|None: # Scores of each model, the last and the first by name
     "The scores of the last model, compared with the first; a table when there are more than two"
-    found = {n: o.metrics for n,o in page.having('metrics')}
+    found = {n: o.scores for n,o in page.having('scores')}
     if not found: return None
     models = {n: {k: f(m) for k,f in _SCORES.items()} for n,m in found.items()}
     first, name = list(found)[0], list(found)[-1]
@@ -237,12 +243,12 @@ def _training(
 
 # %% ../../nbs/practice/30_report.ipynb #f9dfc0ee
 def _chosen(
-    o:Outcome, # Outcome with distances
+    o:Ranking, # Ranking with distances
     each:int=2, # Queries a group
 )->list: # Pairs of heading and query rows
     "Queries to show: best, middling and worst by average precision"
-    if o.metrics is None: return [('Some queries', np.arange(len(o.dist))[:3*each])]
-    order = np.argsort(-o.metrics.ap, kind='stable')[:o.metrics.n_valid]     # NaN comes last
+    if o.scores is None: return [('Some queries', np.arange(len(o.dist))[:3*each])]
+    order = np.argsort(-o.scores.ap, kind='stable')[:o.scores.n_valid]     # NaN comes last
     if len(order)<=3*each: return [('From best to worst', order)]
     mid = (len(order)-each)//2
     return [('Found at once', order[:each]), ('In the middle', order[mid:mid+each]),
@@ -257,17 +263,17 @@ def _ranked(
     if not found or not page.pictures: return None
     name, o = found[-1]
     groups = [(head, [_search(page, o, int(q)) for q in rows]) for head,rows in _chosen(o)]
-    return dict(name=name, judged=o.metrics is not None, groups=groups)
+    return dict(name=name, judged=o.scores is not None, groups=groups)
 
 # %% ../../nbs/practice/30_report.ipynb #3a770574
 def _search(
     page:_Page, # The page
-    o:Outcome, # Outcome with distances
+    o:Ranking, # Ranking with distances
     row:int, # Query
 )->dict: # File, average precision, ranks of the right ones, crops of the query and of its first places
     "One query and its first places"
-    q, g = page.data.query, page.data.gallery
-    cross = o.metrics.protocol.cross_camera if o.metrics else page.data.cross_camera
+    q, g = page.sides()
+    cross = o.scores.protocol.cross_camera if o.scores else page.data.cross_camera
     order, verdict = ranking(o.dist, q, g, row, len(g), cross)
     places = []
     for n,(i,v) in enumerate(zip(order[:page.k], verdict), 1):
@@ -276,15 +282,15 @@ def _search(
         places.append(crop | dict(verdict=int(v), distance=float(o.dist[row][i]),
                                   later=later if np.isfinite(later) else None))
     return dict(file=q.file_name(row), query=_crop(q, row, 'query'), places=places,
-                ap=o.metrics.ap[row] if o.metrics else None,
-                right=(np.flatnonzero(verdict==1)+1).tolist() if o.metrics else [])
+                ap=o.scores.ap[row] if o.scores else None,
+                right=(np.flatnonzero(verdict==1)+1).tolist() if o.scores else [])
 
 # %% ../../nbs/practice/30_report.ipynb #d7cb26f1
 def _curves(
     page:_Page, # The page
 )->list|None: # Figures
     "CMC of all models"
-    found = {_label(n): o.metrics for n,o in page.having('metrics')}
+    found = {_label(n): o.scores for n,o in page.having('scores')}
     if not found: return None
     return _figures([(_narrow(plot_cmc(found), 2.9, 1), 'Cumulative match curves')], 'c')
 
@@ -292,7 +298,7 @@ def _distances(
     page:_Page, # The page
 )->list|None: # Figures
     "Distance distributions of the first and the last model"
-    q, g, figs = page.data.query, page.data.gallery, []
+    (q, g), figs = page.sides(), []
     if not page.having('dist') or not (q.labelled and g.labelled): return None
     cams = (q.cams, g.cams) if q.has_cams and g.has_cams else (None, None)
     for name,o in page.ends('dist'):
@@ -307,7 +313,7 @@ def _plane(
     most:int=600, # Points drawn
 )->list|None: # Figures
     "Gallery features in the plane, coloured by camera, for the first and the last model"
-    g, figs, rng = page.data.gallery, [], np.random.default_rng(page.seed)
+    g, figs, rng = page.sides()[1], [], np.random.default_rng(page.seed)
     if not page.having('gallery_features') or len(g)<10 or not g.n_cams: return None
     at = rng.permutation(np.flatnonzero(g.pids>0) if g.labelled else len(g))
     if g.labelled:                                        # whole people, so that stars are whole
@@ -370,7 +376,7 @@ _SECTIONS = dict(numbers=_numbers, data=_data, training=_training, ranked=_ranke
 def write_report(
     path:Path|str, # File to write, `*.html`
     data:ReIDData, # The data, with query and gallery as far as there are
-    outcomes:dict|Outcome, # Name -> `Outcome`; the last is reported, the first compared with
+    outcomes:dict|Ranking, # Name -> `Ranking`; the last is reported, the first compared with
     *,
     title:str='', # Headline; '': names the data
     intro:str='', # A paragraph below it, plain text
@@ -381,8 +387,8 @@ def write_report(
     seed:int=0, # Seed of samples and of the plane
 )->Path: # The path
     "Write one self-contained HTML page about a comparison of models on one data set"
-    if isinstance(outcomes, Outcome): outcomes = {'model': outcomes}
-    if not outcomes: raise ValueError('there is no outcome to report: give a dict name -> Outcome')
+    if isinstance(outcomes, Ranking): outcomes = {'model': outcomes}
+    if not outcomes: raise ValueError('there is no outcome to report: give a dict name -> Ranking')
     if not 1<=k<=12: raise ValueError(f'k={k} is outside 1 to 12')
     _check_fit(data, outcomes)
     found = data.validate() if findings is None else findings
@@ -393,11 +399,11 @@ def write_report(
 # %% ../../nbs/practice/30_report.ipynb #5f0e4445
 def _check_fit(
     data:ReIDData, # The data
-    outcomes:dict, # Name -> `Outcome`
+    outcomes:dict, # Name -> `Ranking`
 )->None: # Nothing; raises when they do not fit
     "Arrays of an outcome must fit the tables"
-    n, m = len(data.query or ()), len(data.gallery or ())
     for name,o in outcomes.items():
+        n, m = (len(a if a is not None else b or ()) for a,b in ((o.query, data.query), (o.gallery, data.gallery)))
         for what,x,want in (('distances', o.dist, (n, m)),
                             ('query features', o.query_features, (n,)),
                             ('gallery features', o.gallery_features, (m,))):
@@ -405,8 +411,8 @@ def _check_fit(
             if got!=want:
                 raise ValueError(f'outcome {name!r} has {what} of shape {tuple(x.shape)} for {n} '
                                  f'queries and {m} gallery images: it belongs to other data')
-        if o.metrics is not None and o.metrics.n_query!=n:
-            raise ValueError(f'outcome {name!r} has scores of {o.metrics.n_query} queries, the '
+        if o.scores is not None and o.scores.n_query!=n:
+            raise ValueError(f'outcome {name!r} has scores of {o.scores.n_query} queries, the '
                              f'data have {n}: it belongs to other data')
 
 # %% ../../nbs/practice/30_report.ipynb #6bf05a15

@@ -53,6 +53,18 @@ class Ranking:
         "Distances of the first post-processing that was asked for"
         return next(iter(self.distances.values()), None)
 
+    @property
+    def query_features(self
+    )->Tensor|None: # `(Q,D)`
+        "Features of what asks"
+        return self.features[0] if self.features else None
+
+    @property
+    def gallery_features(self
+    )->Tensor|None: # `(G,D)`
+        "Features of what is searched"
+        return self.features[1] if self.features else None
+
 # %% ../../nbs/training/30_scoring.ipynb #fc6b0c9c
 @patch
 def table(self:Ranking,
