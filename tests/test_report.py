@@ -17,7 +17,7 @@ from reidnb.data.crops import Crops, ReIDData
 from reidnb.data.toys import toy_crops
 from reidnb.ranking.evaluation import cosine_distance, evaluate
 from reidnb.practice.report import _SECTIONS, _templates, write_report
-from reidnb.training.scoring import Outcome
+from reidnb.training.scoring import Ranking
 
 VOID = {'meta', 'img', 'br'}
 WORDS = {s['key']: s for s in _templates().get_template('report_parts.html.j2').module.sections}
@@ -80,7 +80,7 @@ def outcome(data, signal=1., **more):
     dist, known = cosine_distance(q, g), data.query.labelled and data.gallery.labelled
     m = evaluate(dist, data.query.pids, data.gallery.pids, data.query.cams, data.gallery.cams,
                  cross_camera=data.cross_camera) if known else None
-    return Outcome(m, dist, q, g, **more)
+    return Ranking({'none': m} if m else {}, features=(q, g), distances={'none': dist}, **more)
 
 
 def toy(n_ids=8, n_cams=3, **kwargs):
@@ -99,7 +99,7 @@ def test_everything(tmp_path):
     data = toy()
     both = {'untrained': outcome(data, .3), 'trained': outcome(data, 2., log=LOG, card=CARD)}
     text, words = read(write_report(tmp_path/'new'/'report.html', data, both, intro='An introduction.'))
-    m = both['trained'].metrics
+    m = both['trained'].scores
     for x in (f'{100*m.mAP:.1f}', f'{100*m.rank(1):.1f}', f'{100*m.mINP:.1f}', str(m.protocol), 'An introduction.',
               '70.0 s', 'a machine', 'settings.lr', 'toy', 'drawn', 'untrained'):
         assert x in words, x
@@ -112,13 +112,13 @@ def test_everything(tmp_path):
 
 def test_what_is_missing_says_why(tmp_path):
     data = toy()
-    _, words = read(write_report(tmp_path/'r.html', data, Outcome()))
+    _, words = read(write_report(tmp_path/'r.html', data, Ranking()))
     for key in ('numbers', 'training', 'ranked', 'curves', 'distances', 'plane', 'timing'):
         assert MISSING[key] in words
     _, words = read(write_report(tmp_path/'r.html', ReIDData(train=data.gallery, name='only train'),
-                                 Outcome(log=LOG, card=CARD)))
+                                 Ranking(log=LOG, card=CARD)))
     assert 'loss' in words and MISSING['ranked'] in words
-    read(write_report(tmp_path/'r.html', ReIDData(), Outcome()))
+    read(write_report(tmp_path/'r.html', ReIDData(), Ranking()))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -222,14 +222,15 @@ def test_features_all_the_same(tmp_path):
     data = toy()
     o = outcome(data)
     same = np.ones_like(o.gallery_features)
-    o = Outcome(evaluate(np.zeros_like(o.dist), data.query.pids, data.gallery.pids, data.query.cams, data.gallery.cams),
-                np.zeros_like(o.dist), np.ones_like(o.query_features), same)
+    zero = np.zeros_like(o.dist)
+    m = evaluate(zero, data.query.pids, data.gallery.pids, data.query.cams, data.gallery.cams)
+    o = Ranking({'none': m}, features=(np.ones_like(o.query_features), same), distances={'none': zero})
     read(write_report(tmp_path/'r.html', data, o))
 
 
 def test_other_data_are_refused(tmp_path):
     data, other = toy(), toy(n_ids=3)
-    for o in (outcome(other), Outcome(metrics=outcome(other).metrics), Outcome(gallery_features=np.ones((3, 2)))):
+    for o in (outcome(other), Ranking(outcome(other).metrics), Ranking(features=(None, np.ones((3, 2))))):
         with pytest.raises(ValueError, match='belongs to other data'): write_report(tmp_path/'r.html', data, {'x': o})
     assert not list(tmp_path.iterdir())
 
@@ -237,14 +238,14 @@ def test_other_data_are_refused(tmp_path):
 def test_different_protocols_are_noticed(tmp_path):
     data = toy()
     a, b = outcome(data), outcome(data)
-    a.metrics = evaluate(a.dist, data.query.pids, data.gallery.pids, data.query.cams, data.gallery.cams, ap='trapezoid')
+    a.metrics['none'] = evaluate(a.dist, data.query.pids, data.gallery.pids, data.query.cams, data.gallery.cams, ap='trapezoid')
     _, words = read(write_report(tmp_path/'r.html', data, {'a': a, 'b': b}))
     assert 'scored under different protocols' in words
 
 
 def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
     data = toy()
-    path = write_report(tmp_path/'r.html', data, Outcome())
+    path = write_report(tmp_path/'r.html', data, Ranking())
     old = path.read_bytes()
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)

@@ -158,9 +158,9 @@ class _Page:
 
     def sides(self):
         "Query and gallery as they were ranked: crops, or a row a walk"
-        last = [*self.outcomes.values()][-1]
-        return [own if own is not None else whole for own,whole in
-                ((last.query, self.data.query), (last.gallery, self.data.gallery))]
+        last = ([*self.outcomes.values()] or [Ranking()])[-1]
+        ranked = last if last.per=='tracklet' else self.data
+        return ranked.query, ranked.gallery
 
     def ends(self, part):
         "The first and the last of them"
@@ -403,7 +403,8 @@ def _check_fit(
 )->None: # Nothing; raises when they do not fit
     "Arrays of an outcome must fit the tables"
     for name,o in outcomes.items():
-        n, m = (len(a if a is not None else b or ()) for a,b in ((o.query, data.query), (o.gallery, data.gallery)))
+        ranked = o if o.per=='tracklet' else data
+        n, m = len(ranked.query or ()), len(ranked.gallery or ())
         for what,x,want in (('distances', o.dist, (n, m)),
                             ('query features', o.query_features, (n,)),
                             ('gallery features', o.gallery_features, (m,))):
