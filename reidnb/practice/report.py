@@ -311,9 +311,9 @@ def _in_words(found):
     m, first = found[-1][1].metrics, found[0][1].metrics
     words = ['Given an image of a person, the model ', _tag('b', escape(found[-1][0])), ' puts an image ',
              'of the same person ', 'from another camera '*m.protocol.cross_camera,
-             f'first in {_percent(m.rank(1), 0)} of 100 searches']
+             f'first in {_percent(m.R1, 0)} of 100 searches']
     if len(found)>1:
-        words.append(f'; {_tag("b", escape(found[0][0]))} did so in {_percent(first.rank(1), 0)}')
+        words.append(f'; {_tag("b", escape(found[0][0]))} did so in {_percent(first.R1, 0)}')
     return _tag('p', *words, '.')
 
 def _protocol(found):
@@ -417,7 +417,7 @@ def _chosen(
 )->list: # Pairs of heading and query rows
     "Queries to show: best, middling and worst by average precision"
     if o.metrics is None: return [('Some queries', np.arange(len(o.dist))[:3*each])]
-    order = np.argsort(-o.metrics.ap, kind='stable')[:o.metrics.n_valid]     # NaN comes last
+    order = np.argsort(-o.metrics.average_precision, kind='stable')[:o.metrics.n_valid]  # NaN comes last
     if len(order)<=3*each: return [('From best to worst', order)]
     mid = (len(order)-each)//2
     return [('Found at once', order[:each]), ('In the middle', order[mid:mid+each]),
@@ -451,7 +451,8 @@ def _search(
     order, verdict = ranking(o.dist, q, g, row, len(g), cross)
     right, words = np.flatnonzero(verdict==1)+1, escape(q.file_name(row))
     if len(right) and o.metrics:
-        words += (f': average precision {_percent(o.metrics.ap[row], 0)} %, {len(right)} right '
+        words += (f': average precision {_percent(o.metrics.average_precision[row], 0)} %, '
+                  f'{len(right)} right '
                   f'image{"s"*(len(right)>1)} to find, the first at rank {right[0]}')
         words += f', the last at rank {right[-1]}'*(len(right)>1)
     tiles = [_crop(q, row, 'ask', 'query', ['query', _camera(q, row)])]
