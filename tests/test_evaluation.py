@@ -62,8 +62,8 @@ def test_matches_the_oracle(problem, ap, ties, cross_camera, max_rank, budget, a
         with pytest.raises(ValueError, match='no query has a match'): evaluate(dist, *labels, **rules)
         return
     m = evaluate(dist, *labels, **rules, budget=budget)
-    np.testing.assert_allclose(m.ap, want_ap, atol=1e-12)
-    np.testing.assert_allclose(m.inp, want_inp, atol=1e-12)
+    np.testing.assert_allclose(m.average_precision, want_ap, atol=1e-12)
+    np.testing.assert_allclose(m.inverse_penalty, want_inp, atol=1e-12)
     np.testing.assert_allclose(m.cmc, want_cmc, atol=1e-12)
     assert m.mAP == pytest.approx(np.nanmean(want_ap))
     assert m.n_valid == (~np.isnan(want_ap)).sum() and m.n_query == len(want_ap)
@@ -90,7 +90,7 @@ def some(seed=0, Q=20, G=300, n_ids=9, n_cams=3):
 
 def test_agrees_with_scikit_learn():
     dist, qp, gp, qc, gc = some()
-    ours = evaluate(dist, qp, gp, qc, gc).ap
+    ours = evaluate(dist, qp, gp, qc, gc).average_precision
     for q in range(len(qp)):
         kept = (gp != -1) & ~((gp == qp[q]) & (gc == qc[q]))
         assert ours[q] == pytest.approx(average_precision_score(gp[kept] == qp[q], -dist[q, kept]), abs=1e-12)
@@ -101,11 +101,11 @@ def test_invariances(rule):
     dist, qp, gp, qc, gc = some(1)
     base, rng = evaluate(dist, qp, gp, qc, gc, **rule), np.random.default_rng(0)
     p, r = rng.permutation(len(gp)), rng.permutation(len(qp))
-    np.testing.assert_array_equal(evaluate(dist[:, p], qp, gp[p], qc, gc[p], **rule).ap, base.ap)
-    np.testing.assert_array_equal(evaluate(dist[r], qp[r], gp, qc[r], gc, **rule).ap, base.ap[r])
-    np.testing.assert_array_equal(evaluate(5*dist**3-7, qp, gp, qc, gc, **rule).ap, base.ap)
-    np.testing.assert_array_equal(evaluate(np.asfortranarray(dist), qp, gp, qc, gc, **rule).ap, base.ap)
-    np.testing.assert_array_equal(evaluate(dist, qp, gp, qc+7, gc+7, **rule).ap, base.ap)
+    np.testing.assert_array_equal(evaluate(dist[:, p], qp, gp[p], qc, gc[p], **rule).average_precision, base.average_precision)
+    np.testing.assert_array_equal(evaluate(dist[r], qp[r], gp, qc[r], gc, **rule).average_precision, base.average_precision[r])
+    np.testing.assert_array_equal(evaluate(5*dist**3-7, qp, gp, qc, gc, **rule).average_precision, base.average_precision)
+    np.testing.assert_array_equal(evaluate(np.asfortranarray(dist), qp, gp, qc, gc, **rule).average_precision, base.average_precision)
+    np.testing.assert_array_equal(evaluate(dist, qp, gp, qc+7, gc+7, **rule).average_precision, base.average_precision)
 
 
 def test_perfect_and_worst_ranking():
@@ -148,6 +148,66 @@ def test_single_gallery_shot_is_the_mean_over_draws():
     m = evaluate(dist, qp, gp, qc, gc, single_gallery_shot=True, repeats=4000)
     assert m.mAP == pytest.approx(np.mean(want), abs=.01) and m.mAP == pytest.approx(m.mINP)
     assert 'x4000' in str(m)
+
+
+def drawn(dist, q_pids, g_pids, q_cams, g_cams, *, ties, cross_camera, repeats, seed):
+    "Ranks of every query in each gallery it draws, by sorting; empty without a match"
+    ranks, people = [], {p: np.flatnonzero(g_pids == p) for p in np.unique(g_pids[g_pids > 0])}
+    for q, pid in enumerate(q_pids):
+        mine = [g for g in people.get(pid, []) if not cross_camera or g_cams[g] != q_cams[q]]
+        rng = np.random.default_rng((seed, q))
+        for _ in range(repeats):
+            own, *others = rng.random(1 + len(people))
+            if not mine: ranks.append(np.nan); continue
+            hit, kept = mine[int(own*len(mine))], list(np.flatnonzero(g_pids == 0))
+            kept += [at[int(u*len(at))] for u, (p, at) in zip(others, people.items()) if p != pid]
+            key = dict(stable=lambda g: 0, optimistic=lambda g: g != hit, pessimistic=lambda g: g == hit)[ties]
+            ranks.append(1 + sorted([hit, *kept], key=lambda g: (dist[q][g], key(g), g)).index(hit))
+    return np.array(ranks, float).reshape(len(q_pids), repeats)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.sampled_from(['step', 'trapezoid']), st.sampled_from(TIES), st.booleans(), st.integers(0, 99),
+       st.integers(1, 5), st.sampled_from([1, 2**28]), st.booleans())
+def test_drawn_galleries_match_the_oracle(problem, ap, ties, cross_camera, seed, repeats, budget, as_tensor):
+    rules = dict(ties=ties, cross_camera=cross_camera)
+    ranks = drawn(*problem, **rules, repeats=repeats, seed=seed)
+    dist, *labels = problem
+    if np.isnan(ranks).all(): return
+    shot = dict(single_gallery_shot=True, repeats=repeats, seed=seed, max_rank=7)
+    if as_tensor: dist = torch.as_tensor(dist)
+    m = evaluate(dist, *labels, ap=ap, **rules, **shot, budget=budget)
+    one = 1/ranks if ap == 'step' else (np.where(ranks > 1, 0, 1) + 1/ranks)/2
+    np.testing.assert_allclose(m.average_precision, one.mean(1), atol=1e-12)
+    np.testing.assert_allclose(m.inverse_penalty, (1/ranks).mean(1), atol=1e-12)
+    valid = ~np.isnan(ranks[:, 0])
+    np.testing.assert_allclose(m.cmc, [(ranks[valid] <= k).mean() for k in range(1, 8)], atol=1e-12)
+    assert m.multi_shot_mAP == evaluate(dist, *labels, ap=ap, **rules).mAP and m.n_valid == valid.sum()
+    assert f'(of drawn galleries; multi-shot {100*m.multi_shot_mAP:.1f} %)' in str(m)
+
+
+def test_each_query_draws_for_itself(monkeypatch):
+    "Equal queries see different galleries, the first ones the same with fewer queries or smaller pieces"
+    import reidnb.ranking.evaluation as module
+    dist, qp, gp, qc, gc = some(7, Q=1, G=300, n_ids=60)
+    gp[:2], gc[:2], qp[0], qc[0] = 5, 1, 5, 0
+    ask = lambda n: (np.repeat(dist, n, 0), np.repeat(qp, n), gp, np.repeat(qc, n), gc)
+    shot = dict(single_gallery_shot=True, repeats=3)
+    many, few = evaluate(*ask(200), **shot), evaluate(*ask(9), **shot, budget=1)
+    assert len(np.unique(many.average_precision)) > 20
+    np.testing.assert_array_equal(few.average_precision, many.average_precision[:9])
+    whole = module._drawn_ranks
+    monkeypatch.setattr(module, '_drawn_ranks', lambda *a: whole(*a, size=1))
+    np.testing.assert_array_equal(evaluate(*ask(9), **shot).average_precision, few.average_precision)
+
+
+@pytest.mark.parametrize('repeats', [10, 400])
+def test_memory_of_drawn_galleries(repeats):
+    fq, fg, labels = market(60)
+    dist = cosine_distance(fq, fg)
+    tracemalloc.start(); evaluate(dist, *labels, single_gallery_shot=True, repeats=repeats, budget=2**22)
+    peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < 2**22 + 2**22
 
 
 def test_single_gallery_shot_repeats_with_its_seed():
@@ -193,10 +253,10 @@ def test_empty_input():
 
 def test_distractors_and_junk():
     m = evaluate([[.1, .2, .3, .4], [.1, .2, .3, .4]], [1, 0], [-1, 0, 1, 0], [0, 0], [1, 1, 1, 1])
-    assert m.ap[0] == .5 and np.isnan(m.ap[1])              # junk in front ignored, distractor counted
+    assert m.average_precision[0] == .5 and np.isnan(m.average_precision[1])              # junk in front ignored, distractor counted
     assert (m.n_valid, m.n_query, m.n_gallery, m.n_junk) == (1, 2, 3, 1)
     same = evaluate([[.1, .2]], [1], [0, 1], [0], [0], cross_camera=False)
-    assert same.ap[0] == .5                                 # a distractor in the query's camera stays
+    assert same.average_precision[0] == .5                                 # a distractor in the query's camera stays
 
 
 def test_card_is_json():
@@ -204,8 +264,10 @@ def test_card_is_json():
     m = evaluate(dist, *labels, max_rank=7)
     card = json.loads(json.dumps(m.to_dict(per_query=True)))
     assert card['mAP'] == m.mAP and len(card['cmc']) == 7 and card['protocol']['ap'] == 'step'
-    assert Protocol(**card['protocol']) == m.protocol and len(card['ap']) == len(dist)
-    assert 'ap' not in m.to_dict()
+    assert Protocol(**card['protocol']) == m.protocol and len(card['average_precision']) == len(card['inverse_penalty']) == len(dist)
+    assert list(m.to_dict()) == ['mAP', 'cmc', 'mINP', 'n_valid', 'n_query', 'n_gallery', 'n_junk', 'protocol']
+    assert (m.R1, m.R5) == (m.rank(1), m.rank(5)) == (card['cmc'][0], card['cmc'][4])
+    with pytest.raises(ValueError, match='rank 10 is outside 1 to 7: evaluate with max_rank=10'): m.R10
 
 
 @settings(max_examples=30, deadline=None)
@@ -217,7 +279,7 @@ def test_streamed_features_equal_the_matrix(seed, budget):
     exact = lambda a, b: (a[:, None]-b[None]).abs().sum(2)   # whole numbers: no rounding, many ties
     whole = evaluate(exact(*map(torch.tensor, (q, g))), *labels)
     parts = evaluate_features(q, g, *labels, distance=exact, budget=budget)
-    np.testing.assert_array_equal(whole.ap, parts.ap); np.testing.assert_array_equal(whole.cmc, parts.cmc)
+    np.testing.assert_array_equal(whole.average_precision, parts.average_precision); np.testing.assert_array_equal(whole.cmc, parts.cmc)
 
 
 def test_streaming_reads_a_memory_map_and_names_a_bad_feature(tmp_path):
@@ -274,6 +336,6 @@ def test_gpu_gives_the_same_numbers(ties):
     fq, fg, labels = market()
     dist = torch.tensor(cosine_distance(fq, fg)).mul(100).round() if ties != 'stable' else torch.tensor(cosine_distance(fq, fg))
     a, b = evaluate(dist, *labels, ties=ties), evaluate(dist.cuda(), *labels, ties=ties)
-    np.testing.assert_array_equal(a.ap, b.ap); np.testing.assert_array_equal(a.cmc, b.cmc)
+    np.testing.assert_array_equal(a.average_precision, b.average_precision); np.testing.assert_array_equal(a.cmc, b.cmc)
     c = evaluate_features(fq, torch.tensor(fg).cuda(), *labels, ties=ties)
     assert c.mAP == pytest.approx(evaluate_features(fq, fg, *labels, ties=ties).mAP, abs=1e-5)

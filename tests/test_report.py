@@ -100,7 +100,7 @@ def test_everything(tmp_path):
     both = {'untrained': outcome(data, .3), 'trained': outcome(data, 2., log=LOG, card=CARD)}
     text, words = read(write_report(tmp_path/'new'/'report.html', data, both, intro='An introduction.'))
     m = both['trained'].scores
-    for x in (f'{100*m.mAP:.1f}', f'{100*m.rank(1):.1f}', f'{100*m.mINP:.1f}', str(m.protocol), 'An introduction.',
+    for x in (f'{100*m.mAP:.1f}', f'{100*m.R1:.1f}', f'{100*m.mINP:.1f}', str(m.protocol), 'An introduction.',
               '70.0 s', 'a machine', 'settings.lr', 'toy', 'drawn', 'untrained'):
         assert x in words, x
     assert 'class="why"' not in text

@@ -45,7 +45,7 @@ def test_ranking_gives_the_scored_list(row, cross_camera):
     table = gallery.replace(pids=pids)
     order, verdict = ranking(dist, query, table, row, k=len(table), cross_camera=cross_camera)
     at = np.flatnonzero(verdict == 1)+1
-    ap = evaluate(dist, query.pids, pids, query.cams, table.cams, cross_camera=cross_camera).ap[row]
+    ap = evaluate(dist, query.pids, pids, query.cams, table.cams, cross_camera=cross_camera).average_precision[row]
     assert np.mean(np.arange(1, len(at)+1)/at) == pytest.approx(ap)
     assert not np.isin(pids[order], -1).any() and (verdict[pids[order] == 0] == 0).all()
 

@@ -106,7 +106,7 @@ def _by_pairs(rows, j, x, y, k, own):
     j, out = j.clone(), x.new_empty(len(j), k)
     for a in range(0, len(j), step):
         c, r = j[a:a+step], rows[a:a+step,None]
-        c = (c.masked_fill(c==r, -1) if own else c).sort(dim=1).values   # a row itself comes before its equals
+        c = (c.masked_fill(c==r, -1) if own else c).sort(dim=1).values   # itself before its equals
         c = torch.where(c<0, r, c)
         d, order = (x[r]-y[c]).double().square_().sum(2).sort(dim=1, stable=True)
         j[a:a+step], out[a:a+step] = c.gather(1, order), d[:,:k].float()

@@ -46,7 +46,7 @@ def _train_one(
     scores = []
     for test,data in tests.items():
         for post,m in rank(method, data, posts).metrics.items():
-            scores.append(dict(test=test, post=post, mAP=m.mAP, R1=m.rank(1), R5=m.rank(5), mINP=m.mINP))
+            scores.append(dict(test=test, post=post, mAP=m.mAP, R1=m.R1, R5=m.R5, mINP=m.mINP))
     return scores, facts
 
 # %% ../../nbs/practice/37_ablations.ipynb #b4e1aab2

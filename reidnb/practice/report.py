@@ -248,7 +248,7 @@ def _chosen(
 )->list: # Pairs of heading and query rows
     "Queries to show: best, middling and worst by average precision"
     if o.scores is None: return [('Some queries', np.arange(len(o.dist))[:3*each])]
-    order = np.argsort(-o.scores.ap, kind='stable')[:o.scores.n_valid]     # NaN comes last
+    order = np.argsort(-o.scores.average_precision, kind='stable')[:o.scores.n_valid]     # NaN comes last
     if len(order)<=3*each: return [('From best to worst', order)]
     mid = (len(order)-each)//2
     return [('Found at once', order[:each]), ('In the middle', order[mid:mid+each]),
@@ -282,7 +282,7 @@ def _search(
         places.append(crop | dict(verdict=int(v), distance=float(o.dist[row][i]),
                                   later=later if np.isfinite(later) else None))
     return dict(file=q.file_name(row), query=_crop(q, row, 'query'), places=places,
-                ap=o.scores.ap[row] if o.scores else None,
+                ap=o.scores.average_precision[row] if o.scores else None,
                 right=(np.flatnonzero(verdict==1)+1).tolist() if o.scores else [])
 
 # %% ../../nbs/practice/30_report.ipynb #d7cb26f1

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.crops import JUNK
@@ -27,8 +28,8 @@ class Protocol:
     max_rank:int=50 # Length of the CMC curve, in ranks
     cross_camera:bool=True # Ignore gallery images of the query's person in the query's camera
     ties:str='stable' # Equal distances: `stable` (gallery index), `optimistic` or `pessimistic`
-    single_gallery_shot:bool=False # Keep one random gallery image per person (CUHK03)
-    repeats:int=10 # Random draws averaged under `single_gallery_shot`
+    single_gallery_shot:bool=False # Each query draws one gallery image per person (CUHK03)
+    repeats:int=10 # Draws of each query, averaged, under `single_gallery_shot`
     seed:int=0 # Seed of those draws
 
     def __post_init__(self):
@@ -55,33 +56,61 @@ class Metrics:
     n_query:int # Queries given
     n_gallery:int # Gallery images ranked, distractors included
     n_junk:int # Gallery images ignored as junk (pid -1)
-    ap:np.ndarray # Average precision of each query, NaN without a match, `(Q,)`
-    inp:np.ndarray # Inverse negative penalty of each query, NaN without a match, `(Q,)`
+    average_precision:np.ndarray # Of each query, NaN without a match, `(Q,)`
+    inverse_penalty:np.ndarray # Inverse negative penalty of each query, NaN without a match, `(Q,)`
     protocol:Protocol=field(default_factory=Protocol) # The rules
+    multi_shot_mAP:float|None=None # mAP of the whole gallery beside that of drawn ones; None: no draws
 
     def rank(self,
         k:int, # Rank, from 1
     )->float: # Share of queries whose first match is at rank `k` or better
         "CMC at rank `k`"
-        if not 1<=k<=len(self.cmc): raise ValueError(f'rank {k} is outside 1 to {len(self.cmc)}')
+        more = f': evaluate with max_rank={k} or more'*(k>len(self.cmc))
+        if not 1<=k<=len(self.cmc): raise ValueError(f'rank {k} is outside 1 to {len(self.cmc)}{more}')
         return float(self.cmc[k-1])
 
-    def __str__(self):
-        ranks = '  '.join(f'R{k} {100*self.rank(k):.1f}' for k in (1,5,10) if k<=len(self.cmc))
-        junk = f' (+{self.n_junk} junk ignored)'*bool(self.n_junk)
-        return (f'mAP {100*self.mAP:.1f} %  {ranks}  mINP {100*self.mINP:.1f}  |  {self.n_valid}/'
-                f'{self.n_query} queries, {self.n_gallery} gallery{junk}, {self.protocol}')
-    __repr__ = __str__
+    @property
+    def R1(self,
+    )->float: # Fraction in `[0,1]`
+        "Share of queries whose first hit is right"
+        return self.rank(1)
 
-    def to_dict(self,
-        per_query:bool=False, # Add the lists `ap` and `inp`, one value a query (NaN as None)
-    )->dict: # Plain numbers and lists, ready for JSON
-        "What a result card stores"
-        d = asdict(self) | dict(cmc=self.cmc.tolist())
-        for k in ('ap','inp'):
-            d[k] = [None if np.isnan(x) else float(x) for x in d[k]]
-            if not per_query: del d[k]
-        return d
+    @property
+    def R5(self,
+    )->float: # Fraction in `[0,1]`; an error if the curve ends before
+        "Share of queries with a match among the first 5"
+        return self.rank(5)
+
+    @property
+    def R10(self,
+    )->float: # Fraction in `[0,1]`; an error if the curve ends before
+        "Share of queries with a match among the first 10"
+        return self.rank(10)
+
+# %% ../../nbs/ranking/10_evaluation.ipynb #908d94d9
+@patch
+def __str__(self:Metrics):
+    ranks = '  '.join(f'R{k} {100*self.rank(k):.1f}' for k in (1,5,10) if k<=len(self.cmc))
+    junk = f' (+{self.n_junk} junk ignored)'*bool(self.n_junk)
+    many = self.multi_shot_mAP
+    many = '' if many is None else f' (of drawn galleries; multi-shot {100*many:.1f} %)'
+    return (f'mAP {100*self.mAP:.1f} %{many}  {ranks}  mINP {100*self.mINP:.1f}  |  {self.n_valid}/'
+            f'{self.n_query} queries, {self.n_gallery} gallery{junk}, {self.protocol}')
+
+@patch
+def __repr__(self:Metrics): return str(self)
+
+@patch
+def to_dict(self:Metrics,
+    per_query:bool=False, # Add `average_precision` and `inverse_penalty`, a value a query (NaN as None)
+)->dict: # Plain numbers and lists, ready for JSON; `multi_shot_mAP` only where galleries were drawn
+    "What a result card stores"
+    d = asdict(self) | dict(cmc=self.cmc.tolist())
+    if self.multi_shot_mAP is None: del d['multi_shot_mAP']
+    for k in ('average_precision','inverse_penalty'):
+        d[k] = [None if np.isnan(x) else float(x) for x in d[k]]
+        if not per_query: del d[k]
+    return d
 
 # %% ../../nbs/ranking/10_evaluation.ipynb #37530106
 def find_matches(
@@ -213,23 +242,39 @@ def _score(query, before, n_query, rule):
     inp[~none] = (n/rank[np.minimum(start+n, len(rank))-1])[~none]
     return ap, inp, first
 
-# %% ../../nbs/ranking/10_evaluation.ipynb #80c82a9f
-def _draws(query, match, g_pids, protocol):
-    "What counts as match and which columns are ignored: once, or once per single-shot draw"
-    junk = g_pids==JUNK
-    if not protocol.single_gallery_shot:
-        yield match, (junk if junk.any() else None)
-        return
-    rng = np.random.default_rng(protocol.seed)
-    for _ in range(protocol.repeats):
-        shuffled = rng.permutation(len(g_pids))
-        ids,at = np.unique(g_pids[shuffled], return_index=True)
-        skip = (g_pids>0) | junk
-        skip[shuffled[at[ids>0]]] = False                # one image of each person stays
-        key = rng.random(len(query)) + match
-        best = np.lexsort((-key, query))
-        best = best[np.r_[True, np.diff(query[best])>0]] # one match of each query stays
-        yield match & np.isin(np.arange(len(query)), best), skip
+# %% ../../nbs/ranking/10_evaluation.ipynb #52b9d154
+def _ahead(d, at, own, hit, ties):
+    "Which distances `d` of columns `at` come before distance `own` of column `hit`"
+    if ties=='pessimistic': return d<=own
+    return d<own if ties=='optimistic' else (d<own) | ((d==own) & (at<hit))
+
+def _people(g_pids):
+    "Gallery columns by person: columns, where each person starts and how many there are, distractors"
+    order = np.argsort(g_pids, kind='stable')
+    order = order[g_pids[order]>0]
+    _,start,count = np.unique(g_pids[order], return_index=True, return_counts=True)
+    return order, start, count, np.flatnonzero(g_pids==0)
+
+def _drawn_ranks(d, first, query, gallery, match, people, protocol, size=2**16):
+    "Rank of one match of each query of a block in each of its galleries, `(B,repeats)`; 0 without a match"
+    order,start,count,nobody = people
+    if isinstance(d, Tensor): d = d.cpu().numpy()
+    out = np.zeros((len(d), protocol.repeats), np.int64)
+    ends, step = query.searchsorted(np.arange(len(d)+1)), max(1, size//(len(count)+len(nobody)))
+    for q,(row,a,b) in enumerate(zip(d, ends, ends[1:])):
+        mine = gallery[a:b][match[a:b]]
+        if len(mine)==0: continue
+        rng = np.random.default_rng((protocol.seed, first+q))
+        person = start.searchsorted(np.flatnonzero(order==mine[0])[0], 'right')-1
+        for r in range(0, protocol.repeats, step):
+            u = rng.random((min(step, protocol.repeats-r), 1+len(count)))
+            hit = mine[(u[:,:1]*len(mine)).astype(int)]
+            pick = order[start+(u[:,1:]*count).astype(int)]
+            ahead = _ahead(row[pick], pick, row[hit], hit, protocol.ties)
+            ahead[:,person] = False
+            far = _ahead(row[nobody], nobody, row[hit], hit, protocol.ties)
+            out[q,r:r+len(u)] = 1+ahead.sum(1)+far.sum(1)
+    return out
 
 # %% ../../nbs/ranking/10_evaluation.ipynb #bf5e6625
 def _matrix(d, first=0):
@@ -270,21 +315,24 @@ def _evaluate(rows, n_query, n_gallery, labels, protocol, step):
     q_pids,g_pids,q_cams,g_cams = labels
     q_pids,g_pids = _labels(q_pids, 'q_pids', n_query), _labels(g_pids, 'g_pids', n_gallery)
     query,gallery,match = find_matches(q_pids, g_pids, q_cams, g_cams, protocol.cross_camera, need=True)
-    draws = list(_draws(query, match, g_pids, protocol))
-    before = np.zeros((len(draws), len(query)), np.int64)
+    junk, single = g_pids==JUNK, protocol.single_gallery_shot
+    skip, people = junk if junk.any() else None, _people(g_pids) if single else None
+    before, ranks = np.zeros(len(query), np.int64), np.zeros((n_query, protocol.repeats*single), np.int64)
     for a in range(0, n_query, step):
         d = _matrix(rows(a, min(a+step, n_query)), a)
         part = slice(*query.searchsorted([a, a+step]))
-        for out,(hit,skip) in zip(before, draws):
-            out[part] = negatives_before(d, query[part]-a, gallery[part], hit[part], skip,
-                                         protocol.ties)
-    ap,inp,first = map(np.stack, zip(*(_score(query[hit], b[hit], n_query, protocol.ap)
-                                       for b,(hit,_) in zip(before, draws))))
-    ap,inp,valid = ap.mean(0), inp.mean(0), first[0]>0
-    cmc = (first[:,valid,None]<=np.arange(1, protocol.max_rank+1)).mean((0,1))
-    junk = int((g_pids==JUNK).sum())
-    return Metrics(float(ap[valid].mean()), cmc, float(inp[valid].mean()), int(valid.sum()),
-                   n_query, n_gallery-junk, junk, ap, inp, protocol)
+        pairs = query[part]-a, gallery[part], match[part]
+        before[part] = negatives_before(d, *pairs, skip, protocol.ties)
+        if single: ranks[a:a+step] = _drawn_ranks(d, a, *pairs, people, protocol)
+    ap,inp,first = _score(query[match], before[match], n_query, protocol.ap)
+    valid, first, many = first>0, first[:,None], None
+    if single:
+        many, first, one = float(ap[valid].mean()), ranks, np.where(ranks>0, ranks, np.nan)
+        ap, inp = hit_precision(1, one, protocol.ap).mean(1), (1/one).mean(1)
+    n = np.bincount(first[valid].clip(max=protocol.max_rank+1).ravel(), minlength=protocol.max_rank+2)
+    cmc = n[1:-1].cumsum()/n.sum()
+    return Metrics(float(ap[valid].mean()), cmc, float(inp[valid].mean()), int(valid.sum()), n_query,
+                   n_gallery-int(junk.sum()), int(junk.sum()), ap, inp, protocol, many)
 
 # %% ../../nbs/ranking/10_evaluation.ipynb #a52da30e
 def evaluate(
@@ -298,11 +346,11 @@ def evaluate(
     max_rank:int=50, # Length of the CMC curve, in ranks
     cross_camera:bool=True, # Ignore gallery images of the query's person in the query's camera
     ties:str='stable', # Equal distances: `stable` (gallery index), `optimistic` or `pessimistic`
-    single_gallery_shot:bool=False, # One random gallery image per person (CUHK03)
-    repeats:int=10, # Random draws averaged under `single_gallery_shot`
+    single_gallery_shot:bool=False, # Each query draws one image a person (CUHK03); mAP is of those draws
+    repeats:int=10, # Draws of each query, averaged, under `single_gallery_shot`
     seed:int=0, # Seed of those draws
     budget:int=2**28, # Extra memory for one block of rows, bytes
-)->Metrics: # mAP, CMC, mINP and the protocol
+)->Metrics: # mAP, CMC, mINP and the protocol; with draws also the whole gallery's `multi_shot_mAP`
     "mAP, CMC and mINP of a distance matrix (Zheng et al. 2015; Ye et al. 2021)"
     if not isinstance(dist, Tensor): dist = np.asanyarray(dist)
     shape = tuple(dist.shape)

@@ -293,7 +293,7 @@ def _check_weights(run):
 def _validate(run, val):
     "Score the held-out people, log it, and keep the best weights"
     metrics = score(run.method, val)
-    run.write({'epoch': run.epoch-1, 'mAP': float(metrics.mAP), 'R1': float(metrics.cmc[0])})
+    run.write({'epoch': run.epoch-1, 'mAP': float(metrics.mAP), 'R1': float(metrics.R1)})
     if metrics.mAP>run.best:
         run.best = float(metrics.mAP)
         if run.main: save_model(run.method, run.out/'best.safetensors')

@@ -33,9 +33,9 @@ def plot_cmc(
         cmc = 100*m.cmc[:max_rank]
         ax.plot(range(1, len(cmc)+1), cmc, _DASHES[i//7%4], color=PALETTE[i%7], marker=_MARKS[i%7],
                 ms=4, lw=1.6, markevery=[j for j in (0,4,9,19) if j<len(cmc)],
-                label=f'{name}: mAP {100*m.mAP:.1f}, R1 {cmc[0]:.1f}')
-    best = max(metrics, key=lambda k: metrics[k].rank(1))
-    words(ax, title or f'{best}: {100*metrics[best].rank(1):.0f} % found at the first place',
+                label=f'{name}: mAP {100*m.mAP:.1f}, R1 {100*m.R1:.1f}')
+    best = max(metrics, key=lambda k: metrics[k].R1)
+    words(ax, title or f'{best}: {100*metrics[best].R1:.0f} % found at the first place',
            f'rank ({_protocols(metrics)})', 'queries matched (%)', 'lower right')
     ax.set_ylim(None, 102)
     ax.set_xticks([1]+list(range(5, max_rank+1, 5)))

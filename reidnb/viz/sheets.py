@@ -93,7 +93,7 @@ def _query_ap(dist, query, gallery, cross_camera):
     if not known.all() or not query.labelled or not gallery.labelled: return nothing
     try:
         return evaluate(dist, np.maximum(query.pids, 0), gallery.pids, query.cams, gallery.cams,
-                        cross_camera=cams).ap
+                        cross_camera=cams).average_precision
     except ValueError as e:
         if 'no query has a match' in str(e): return nothing
         raise
