@@ -40,7 +40,7 @@ def postprocess(
     scale:Literal['relative','probability']='relative', # What `distance` says: order and spread; 1 - probability
     reranking:dict|None=None, # Options of `rerank`: k1, k2, lambda_
     lift:dict|None=None, # Options of `tlift`: tau, sigma, k, alpha; None: those of the appendix
-    fusion:dict|None=None, # Options of `tfusion`
+    fusion:dict|None=None, # Options of `tfusion`: window, fps, ...; sessions come from the tables' column `session`
     memory:bool=False, # Also measure the memory of each step
 )->Posts: # Distances by name; seconds, and memory where asked for, by step
     "Distances of two sets of features, re-ranked and lifted as asked"
@@ -57,7 +57,7 @@ def postprocess(
     if any(p.startswith('rr') for p in posts):
         base['rr'] = timed('rr', lambda: _rerank(q, g, base['none'], distance, reranking or {}))
     in_time = dict(tlift=lambda p: tlift(p, *side, **(lift or TLIFT_APPENDIX)),
-                   tfusion=lambda p: tfusion(p, *side, **(fusion or {})))
+                   tfusion=lambda p: tfusion(p, *side, **_sessions(query, gallery), **(fusion or {})))
     for post in posts:
         first, last = 'rr' if post.startswith('rr') else 'none', post.split('+')[-1]
         out[post] = d = base[first]
@@ -78,6 +78,11 @@ def _need_probability(d, slack=1e-5): # slack: rounding
     low, high = (float(v) for v in d.aminmax()) if d.numel() else (0., 0.)
     if not (low>=-slack and high<=1+slack): raise ValueError(
         f"distances run from {low:.3g} to {high:.3g}: with scale='probability' they lie in [0,1]; use 'relative'")
+
+def _sessions(query, gallery):
+    "Sessions of both tables, as `tfusion` takes them, where both know them"
+    known = [c.extra.get('session') for c in (query, gallery)]
+    return {} if any(s is None for s in known) else dict(sessions=tuple(known))
 
 def _need_times(query, gallery):
     "Raise unless both tables know cameras and times"
