@@ -399,7 +399,7 @@ class TransferTimes:
         c1:int, # Camera of the query
         c2:int, # Camera of the gallery image
         window:float, # Half the width of the window, s
-    )->np.ndarray: # Share of the differences in the window, of the shape of `dt`; NaN: no transfer, or none known
+    )->np.ndarray: # Share of the differences in the window, shape of `dt`; NaN: no transfer known
         "How often this time difference occurs between two cameras"
         x = self.lists.get((kind, c1, c2), np.zeros(0))
         count = np.searchsorted(x, dt+window, 'right')-np.searchsorted(x, dt-window, 'left')

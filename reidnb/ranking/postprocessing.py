@@ -37,10 +37,10 @@ def postprocess(
     posts:tuple=('none', 'rr', 'rr+tlift'), # Names in `POSTS`
     *,
     distance=None, # Function `(Q,D),(G,D) -> (Q,G)`, smaller is closer; None: one minus cosine
-    scale:Literal['relative','probability']='relative', # What `distance` says: order and spread; 1 - probability
+    scale:Literal['relative','probability']='relative', # Of `distance`: order and spread, or 1 - probability
     reranking:dict|None=None, # Options of `rerank`: k1, k2, lambda_
     lift:dict|None=None, # Options of `tlift`: tau, sigma, k, alpha; None: those of the appendix
-    fusion:dict|None=None, # Options of `tfusion`: window, fps, ...; sessions come from the tables' column `session`
+    fusion:dict|None=None, # Options of `tfusion`; sessions: from the tables' `session` column
     memory:bool=False, # Also measure the memory of each step
 )->Posts: # Distances by name; seconds, and memory where asked for, by step
     "Distances of two sets of features, re-ranked and lifted as asked"
@@ -77,7 +77,7 @@ def _need_probability(d, slack=1e-5): # slack: rounding
     "Raise unless all distances lie in [0,1]"
     low, high = (float(v) for v in d.aminmax()) if d.numel() else (0., 0.)
     if not (low>=-slack and high<=1+slack): raise ValueError(
-        f"distances run from {low:.3g} to {high:.3g}: with scale='probability' they lie in [0,1]; use 'relative'")
+        f"distances run from {low:.3g} to {high:.3g}: scale='probability' needs [0,1], 'relative' does not")
 
 def _sessions(query, gallery):
     "Sessions of both tables, as `tfusion` takes them, where both know them"
