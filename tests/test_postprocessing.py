@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from reidnb.training.models import load_model
 from reidnb.data.crops import Crops
 from reidnb.ranking.evaluation import cosine_distance, evaluate
-from reidnb.ranking.lifting import TLIFT_APPENDIX, tlift, unit_scores
+from reidnb.ranking.lifting import TLIFT_APPENDIX, tfusion, tlift, unit_scores
 from reidnb.networks.extraction import extract
 from reidnb.core.costs import _resident, Peak
 from reidnb.ranking.postprocessing import postprocess, POSTS
@@ -181,3 +181,18 @@ def test_no_probability_is_said_at_once(people, distance, words):
 def test_a_scale_has_one_of_two_names(people):
     with pytest.raises(ValueError, match="scale 'cosine' is neither 'relative' nor 'probability'"):
         postprocess(*people, ('none',), scale='cosine')
+
+
+def test_sessions_of_the_tables_reach_tfusion():
+    "As when handed on by hand; a table that does not know them has one session"
+    site, r = make_site('campus', n_train=2, n_test=10, seed=1), torch.Generator().manual_seed(0)
+    q, g = (torch.rand(len(c), 8, generator=r) for c in (site.query, site.gallery))
+    side = [x for c in (site.query, site.gallery) for x in (c.cams, c.times)]
+    sessions = site.query.extra['session'], site.gallery.extra['session']
+    p = unit_scores(-cosine_distance(q, g))
+    got = postprocess(q, g, site.query, site.gallery, ('tfusion',)).distances['tfusion']
+    torch.testing.assert_close(got, 1 - tfusion(p, *side, sessions=sessions))
+    del site.query.extra['session']
+    got = postprocess(q, g, site.query, site.gallery, ('tfusion',)).distances['tfusion']
+    torch.testing.assert_close(got, 1 - tfusion(p, *side))
+    assert len(np.unique(sessions[0])) > 1 and (got - 1 + tfusion(p, *side, sessions=sessions)).abs().max() > 1e-3

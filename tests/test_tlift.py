@@ -4,11 +4,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import ConnectionPatch
 from hypothesis import given, settings, strategies as st
 
 from measure import peak
 from reidnb.ranking.lifting import (
-    explain_lift, nearby, temporal_probability, tfusion, tlift, TLIFT_APPENDIX, TLIFT_MAIN,
+    explain_lift, nearby, plot_lift, temporal_probability, tfusion, tlift, TLIFT_APPENDIX, TLIFT_MAIN,
     transfer_times, unit_scores)
 
 
@@ -199,39 +200,94 @@ def test_unit_scores(seed, mean, scale, shift):
     assert (unit_scores(np.full((2, 3), 4.)) == 1).all()
 
 
-def test_tfusion_against_the_formula():
-    "Counted pair by pair, with error rates, sessions and images without a time"
+@pytest.mark.parametrize('seed', range(4))
+def test_no_line_crosses_a_name_in_the_picture(seed):
+    "The names A and X, and the heads of their arrows"
+    r = np.random.default_rng(seed)
+    qt, gt = r.uniform(0, 300, 30), r.uniform(0, [900, 150][seed % 2], 200)
+    e = explain_lift(r.random((30, 200)), np.zeros(30, int), qt, np.ones(200, int), gt, seed, seed)
+    fig = plot_lift(e, r.integers(0, 3, 30), r.integers(0, 3, 200))
+    fig.draw_without_rendering()
+    lines = [a for a in fig.get_children() if isinstance(a, ConnectionPatch)]
+    paths = [a.get_transform().transform_path(a.get_path()) for a in lines]
+    named = [t.get_window_extent() for ax in fig.axes for t in ax.texts]
+    heads = [ln.get_window_extent() for ax in fig.axes for ln in ax.lines if ln.get_marker() in ('v', '^')]
+    assert len(lines) == len(e.pivots) and len(named) == len(heads) == 2
+    assert not any(path.intersects_bbox(box) for path in paths for box in named + heads)
+    assert not any(box.overlaps(other) for box in named for other in heads)
+    width, height = fig.get_size_inches()*fig.dpi
+    assert all(0 <= b.x0 and b.x1 <= width and 0 <= b.y0 and b.y1 <= height for b in named)
+
+
+@pytest.mark.parametrize('ep, en', [(0, 0), (.2, .3)])
+def test_tfusion_against_the_formula(ep, en):
+    "Counted pair by pair, with error rates, sessions and images without a time; no transfer: looks decide"
     r = np.random.default_rng(0)
     Q, G = 15, 60
     sim, qc, gc = r.random((Q, G)), r.integers(0, 3, Q), r.integers(0, 3, G)
     qt, gt, session = r.uniform(0, 2000, Q), r.uniform(0, 2000, G), (r.integers(0, 2, Q), r.integers(0, 2, G))
-    gt[4] = np.nan
-    for ep, en in ((0, 0), (.2, .3)):
-        model = quiet(transfer_times, sim, qc, qt, gc, gt, sessions=session, horizon=900.)
-        out = quiet(tfusion, sim, qc, qt, gc, gt, sessions=session, times=model, window=80., ep=ep, en=en)
-        want = np.zeros((Q, G))
-        for i in range(Q):
-            for j in range(G):
-                dt, P = gt[j] - qt[i], {}
-                for kind in ('positive', 'random', 'different'):
-                    x = model.lists.get((kind, qc[i], gc[j]), [])
-                    near, total = sum(abs(v - dt) <= 80 for v in x), model.leaving.get((kind, qc[i]), 0)
-                    P[kind] = near/max(1, total) if session[0][i] == session[1][j] and abs(dt) <= 900 else -1
-                want[i, j] = max(0, ((1-ep)*P['positive'] - en*P['different'])*(sim[i, j] + ep/(1-ep-en))
-                                 / max(P['random'], 2e-5))
-        assert want.max() > 0
-        np.testing.assert_allclose(out, want/want.max(), atol=1e-9)
+    gt[4], gc[5] = np.nan, -1
+    model = quiet(transfer_times, sim, qc, qt, gc, gt, sessions=session, horizon=9000., fps=10.)
+    out = quiet(tfusion, sim, qc, qt, gc, gt, sessions=session, times=model, window=800., fps=10., ep=ep, en=en)
+    want, still = np.zeros((Q, G)), 0
+    for i in range(Q):
+        for j in range(G):
+            dt, P = gt[j] - qt[i], {}
+            ok = qc[i] != gc[j] >= 0 and session[0][i] == session[1][j] and abs(dt) <= 900
+            for kind in ('positive', 'random', 'different'):
+                x, total = model.lists.get((kind, qc[i], gc[j]), []), model.leaving.get((kind, qc[i]), 0)
+                P[kind] = sum(abs(v - dt) <= 80 for v in x)/total if ok and total else 1
+            still += not ok
+            want[i, j] = max(0, ((1-ep)*P['positive'] - en*P['different'])*(sim[i, j] + ep/(1-ep-en))
+                             / max(P['random'], 2e-5))
+    assert want.max() > 0 and 0 < still < Q*G
+    np.testing.assert_allclose(out, want/want.max(), atol=1e-9)
+
+
+def test_tfusion_ranks_one_camera_by_looks():
+    "No image of the query's own camera is a transfer: their order is that of looks, and none is 0"
+    r = np.random.default_rng(2)
+    sim, qc, gc = r.uniform(.1, 1, (30, 90)), r.integers(0, 3, 30), r.integers(0, 3, 90)
+    out = tfusion(sim, qc, r.uniform(0, 900, 30), gc, r.uniform(0, 900, 90))
+    for i in range(30):
+        same = gc == qc[i]
+        assert (out[i, same] > 0).all() and (out[i, same].argsort() == sim[i, same].argsort()).all()
+
+
+def test_tfusion_follows_the_clock_and_not_its_shuffled_copy():
+    "Everybody takes 60 s from camera 0 to camera 1, and looks are weak; the window is in frames"
+    r = np.random.default_rng(0)
+    pids, qt = np.arange(200), r.uniform(0, 4000, 200)
+    sim = np.clip(r.normal(size=(200, 200)) + 2.5*np.eye(200), -3, 4.8)/8 + .4
+    first = lambda s: (s.argmax(1) == pids).mean()
+    side = np.zeros(200, int), qt, np.ones(200, int), qt + 60 + r.normal(0, 3, 200)
+    wrong = *side[:3], r.permutation(side[3])
+    looks, with_time, shuffled = first(sim), first(tfusion(sim, *side)), first(tfusion(sim, *wrong))
+    assert with_time > looks + .2 and shuffled < looks + .05
+    frames, seconds = tfusion(sim, *side, window=100), tfusion(sim, *side, window=1000, fps=250., horizon=400_000.)
+    np.testing.assert_allclose(frames, seconds)
+
+
+def test_random_differences_fill_the_windows():
+    "The floor of the random density is the exception"
+    r = np.random.default_rng(3)
+    sim, qc, gc, qt, gt = r.random((150, 400)), r.integers(0, 5, 150), r.integers(0, 5, 400), r.uniform(0, 900, 150), r.uniform(0, 900, 400)
+    m = transfer_times(sim, qc, qt, gc, gt)
+    p = np.concatenate([m.density('random', (gt[gc == d] - qt[qc == c][:, None]).ravel(), c, d, 28.)
+                        for c in range(5) for d in range(5) if c != d])
+    assert (p < 2e-5).mean() < .02
 
 
 def test_transfer_times_keep_their_pairs():
     r = np.random.default_rng(1)
     sim, qc, gc = r.random((20, 80)), r.integers(0, 3, 20), r.integers(0, 3, 80)
-    m = transfer_times(sim, qc, r.uniform(0, 500, 20), gc, r.uniform(0, 500, 80), horizon=100., top=5)
+    m = transfer_times(sim, qc, r.uniform(0, 500, 20), gc, r.uniform(0, 500, 80), horizon=2500., top=5, draws=7)
     assert all(c != d for _, c, d in m.lists)
     assert all((np.abs(x) <= 100).all() and (np.diff(x) >= 0).all() for x in m.lists.values())
     for (kind, c), n in m.leaving.items():
         assert n == sum(len(x) for (k, a, _), x in m.lists.items() if (k, a) == (kind, c))
-    assert sum(n for (k, _), n in m.leaving.items() if k == 'positive') <= 20*5
+    count = lambda kind: sum(n for (k, _), n in m.leaving.items() if k == kind)
+    assert 0 < count('positive') <= 20*5 and 0 < count('random') <= 20*7 and 0 < count('different') <= 20*7
 
 
 def simulate(Q, G, cams=8, ids=702, seed=0):

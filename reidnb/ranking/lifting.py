@@ -184,7 +184,7 @@ def _problem(sim, q_cams, q_times, g_cams, g_times, numbers, stack=4):
     q, g = _side(q_cams, q_times, n, 'query'), _side(g_cams, g_times, m, 'gallery')
     if q[2] or g[2]:
         warnings.warn(f'{q[2]} of {n} queries and {g[2]} of {m} gallery images have no time or no '
-                      'camera: their scores are not lifted (p_t = 0)', stacklevel=stack)
+                      'camera: there looks alone count', stacklevel=stack)
     return sim, q[:2], g[:2], q[2]+g[2]
 
 # %% ../../nbs/ranking/30_lifting.ipynb #f0930331
@@ -374,14 +374,15 @@ def plot_lift(
     _ticks(low, gt[lift.seen[1]]-x, -.16, '#bbbbbb', .06, lw=.8)
     for g,n,*_ in lift.table(): low.plot(gt[g]-x, -.16, 'o', color='#222222', ms=2.2+1.1*n, zorder=3)
     low.plot([0, 0], [-.1, lift.p_t], color='#aa3377', lw=1.4)
-    low.text(0, lift.p_t+.03, f'X: p_t = {lift.p_t:.2f}', color='#aa3377', fontsize=8, ha='center')
+    low.plot(0, -.3, '^', color='#aa3377', ms=7) # below the images, where no line goes
+    low.text(0, -.38, f'X: p_t = {lift.p_t:.2f}', color='#aa3377', fontsize=9, ha='center', va='top')
     for q,g in zip(lift.by, lift.pivots):
         known = q_pids is not None and g_pids is not None
         color = ('#228833' if q_pids[q]==g_pids[g] else '#ee6677') if known else '#999999'
         line = ConnectionPatch((qt[q]-t, -.09), (gt[g]-x, -.1), 'data', axesA=top, axesB=low,
                                color=color, lw=.9)
         line.set_in_layout(False); fig.add_artist(line)
-    _frame(low, span, f'seconds from the gallery image, camera {lift.cams[1]}', (-.26,1.2))
+    _frame(low, span, f'seconds from the gallery image, camera {lift.cams[1]}', (-.56,1.1))
     return fig
 
 # %% ../../nbs/ranking/30_lifting.ipynb #86d34cfd
@@ -398,12 +399,13 @@ class TransferTimes:
         c1:int, # Camera of the query
         c2:int, # Camera of the gallery image
         window:float, # Half the width of the window, s
-    )->np.ndarray: # Share of the differences in the window, of the shape of `dt`; -1: none possible
+    )->np.ndarray: # Share of the differences in the window, shape of `dt`; NaN: no transfer known
         "How often this time difference occurs between two cameras"
         x = self.lists.get((kind, c1, c2), np.zeros(0))
         count = np.searchsorted(x, dt+window, 'right')-np.searchsorted(x, dt-window, 'left')
-        far = ~(np.abs(dt)<=self.horizon)
-        return np.where(far, -1., count/max(1, self.leaving.get((kind, c1), 0)))
+        total = self.leaving.get((kind, c1), 0)
+        if c1==c2 or not total: return np.full(np.shape(dt), np.nan)
+        return np.where(np.abs(dt)<=self.horizon, count/total, np.nan)
 
 # %% ../../nbs/ranking/30_lifting.ipynb #aaffe0fc
 def transfer_times(
@@ -415,17 +417,20 @@ def transfer_times(
     *,
     sessions:tuple=None, # Session of each query and of each gallery image; None: one session
     top:int=10, # Retrievals of a query that count as positive
-    horizon:float=1600., # Longest difference considered, s (40,000 frames of Market-1501)
+    draws:int=100, # Random pairs of a query, and at most as many different ones
+    horizon:float=40_000., # Longest difference, frames: the release's for Market-1501; DukeMTMC-reID 50,000
+    fps:float=25., # Frames a second: Market-1501 25, DukeMTMC-reID 59.94
     seed:int=0, # Draws the random pairs
 )->TransferTimes: # The three samples
     "Time differences between cameras, as the visual ranking sees them"
     s, (qc, qt), (gc, gt), _ = _problem(sim, q_cams, q_times, g_cams, g_times, {})
     (n, m), rng = s.shape, np.random.default_rng(seed)
     best = s.topk(min(top, m), 1).indices.cpu().numpy()
-    draw = rng.integers(0, m, (n, best.shape[1]))
-    other = rng.integers(0, m, (n, 3*best.shape[1]))
-    other = np.where((other[:,:,None]==best[:,None]).any(2), -1, other)
-    lists, leaving = {}, {}
+    retrieved = np.zeros((n, m), bool)
+    np.put_along_axis(retrieved, best, True, 1)
+    draw, other = (rng.integers(0, m, (n, draws)) for _ in range(2))
+    other = np.where(np.take_along_axis(retrieved, other, 1), -1, other)
+    lists, leaving, horizon = {}, {}, horizon/fps
     for kind,g in dict(positive=best, random=draw, different=other).items():
         i, j = np.nonzero(g>=0)
         j = g[i,j]
@@ -443,35 +448,36 @@ def transfer_times(
 def tfusion(
     sim, # Similarity of looks in `[0,1]`, `(Q,G)` numpy or torch
     q_cams, # Camera of each query, int `(Q,)`
-    q_times, # Time of each query, s, `(Q,)`; NaN unknown: score 0
+    q_times, # Time of each query, s, `(Q,)`; NaN unknown: looks decide
     g_cams, # Camera of each gallery image, int `(G,)`
-    g_times, # Time of each gallery image, s, `(G,)`; NaN unknown: score 0
+    g_times, # Time of each gallery image, s, `(G,)`; NaN unknown: looks decide
     *,
-    window:float=4., # Half window, s: 100 frames at 25 a second; 28 s across data sets
+    window:float=700., # Half window, frames: 700 for a ranking from another data set, 100 from the same
+    fps:float=25., # Frames a second: Market-1501 25, DukeMTMC-reID 59.94
     ep:float=0., # Error rate of the visual ranking on accepted pairs
     en:float=0., # Error rate on rejected pairs
     floor:float=2e-5, # Least random density
     sessions:tuple=None, # Session of each query and of each gallery image; None: one session
     times:TransferTimes=None, # Learned time differences; None: from these scores
-    **kwargs, # Options of `transfer_times`: top, horizon, seed
+    **kwargs, # Options of `transfer_times`: top, draws, horizon, seed
 ): # Fused similarity in `[0,1]`, `(Q,G)` of the kind of `sim`
     "Fusion with learned transfer times (Lv et al. 2018)"
     if not (ep>=0 and en>=0 and ep+en<1):
         raise ValueError(f'ep={ep}, en={en} must be rates that add up to less than 1')
     side = q_cams, q_times, g_cams, g_times
-    times = times or transfer_times(sim, *side, sessions=sessions, **kwargs)
-    s, (qc, qt), (gc, gt), _ = _problem(sim, *side, {})
-    looks, out = s.cpu().numpy(), np.zeros(s.shape)
+    s, (qc, qt), (gc, gt), _ = _problem(sim, *side, dict(window=window, fps=fps))
+    times = times or transfer_times(sim, *side, sessions=sessions, fps=fps, **kwargs)
+    looks, ratio = s.cpu().numpy(), np.full(s.shape, 1.-ep-en)
     for c in np.unique(qc[qc>=0]):
         for d in np.unique(gc[gc>=0]):
             i, j = np.flatnonzero(qc==c), np.flatnonzero(gc==d)
             dt = gt[j]-qt[i,None]
             if sessions is not None:
                 dt[np.asarray(sessions[0])[i,None]!=np.asarray(sessions[1])[j]] = np.nan
-            pos, rand, diff = (times.density(k, dt, int(c), int(d), window)
+            pos, rand, diff = (times.density(k, dt, int(c), int(d), window/fps)
                                for k in ('positive', 'random', 'different'))
-            out[np.ix_(i, j)] = (((1-ep)*pos-en*diff)*(looks[np.ix_(i, j)]+ep/(1-ep-en))
-                                 / np.maximum(rand, floor))
-    out = np.maximum(out, 0)
+            r = ((1-ep)*pos-en*diff)/np.maximum(rand, floor)
+            ratio[np.ix_(i, j)] = np.where(np.isnan(r), 1-ep-en, r)
+    out = np.maximum(ratio, 0)*(looks+ep/(1-ep-en))
     out = torch.as_tensor(out/max(out.max(initial=0), 1e-300), dtype=s.dtype, device=s.device)
     return out if isinstance(sim, Tensor) else out.numpy()

@@ -51,10 +51,10 @@ def postprocess(
     posts:tuple=('none', 'rr', 'rr+tlift'), # Names in `POSTS`
     *,
     distance=None, # Function `(Q,D),(G,D) -> (Q,G)`, smaller is closer; None: one minus cosine
-    scale:Literal['relative','probability']='relative', # What `distance` says: order and spread; 1 - probability
+    scale:Literal['relative','probability']='relative', # Of `distance`: order and spread, or 1 - probability
     reranking:dict|None=None, # Options of `rerank`: k1, k2, lambda_
     lift:dict|None=None, # Options of `tlift`: tau, sigma, k, alpha; None: those of the appendix
-    fusion:dict|None=None, # Options of `tfusion`
+    fusion:dict|None=None, # Options of `tfusion`; sessions: from the tables' `session` column
     memory:bool=False, # Also measure the memory of each step
 )->Posts: # Distances by name; seconds, and memory where asked for, by step
     "Distances of two sets of features, re-ranked and lifted as asked"
@@ -69,7 +69,7 @@ def postprocess(
     if any(p.startswith('rr') for p in posts):
         base['rr'] = timed('rr', lambda: _rerank(q, g, base['none'], distance, reranking or {}))
     in_time = dict(tlift=lambda p: tlift(p, *side, **(lift or TLIFT_APPENDIX)),
-                   tfusion=lambda p: tfusion(p, *side, **(fusion or {})))
+                   tfusion=lambda p: tfusion(p, *side, **_sessions(query, gallery), **(fusion or {})))
     for post in posts:
         first, last = 'rr' if post.startswith('rr') else 'none', post.split('+')[-1]
         out[post] = d = base[first]
@@ -89,4 +89,9 @@ def _need_probability(d, slack=1e-5): # slack: rounding
     "Raise unless all distances lie in [0,1]"
     low, high = (float(v) for v in d.aminmax()) if d.numel() else (0., 0.)
     if not (low>=-slack and high<=1+slack): raise ValueError(
-        f"distances run from {low:.3g} to {high:.3g}: with scale='probability' they lie in [0,1]; use 'relative'")
+        f"distances run from {low:.3g} to {high:.3g}: scale='probability' needs [0,1], 'relative' does not")
+
+def _sessions(query, gallery):
+    "Sessions of both tables, as `tfusion` takes them, where both know them"
+    known = [c.extra.get('session') for c in (query, gallery)]
+    return {} if any(s is None for s in known) else dict(sessions=tuple(known))
