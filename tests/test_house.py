@@ -1,5 +1,6 @@
 "The house rules: package equals notebooks, notebooks are clean, and the hard limits of the style hold."
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -154,6 +155,53 @@ def test_links_between_notebooks_lead_somewhere():
             for target in re.findall(r'\]\(([\w./-]+\.(?:ipynb|md))\)', source(c)):
                 if not (path.parent / target).exists() and not (ROOT / target).exists(): broken.append(f'{name(path)}: {target}')
     assert not broken, broken
+
+
+def known(dotted):
+    "Whether `reidnb.a.b` is a module of the package, or a name that a module or a face holds"
+    parts = dotted.split('.')
+    for n in range(len(parts), 0, -1):
+        at = ROOT.joinpath(*parts[:n])
+        if not at.with_suffix('.py').exists() and not (at / '__init__.py').exists(): continue
+        if n == len(parts): return True
+        value = importlib.import_module('.'.join(parts[:n]))
+        for k in parts[n:]:
+            if not hasattr(value, k): return False
+            value = getattr(value, k)
+        return True
+    return False
+
+
+def slips(cells):
+    "What goes wrong in the sources of a page and is not seen on it: (number of the cell, in words)"
+    for n, c in enumerate(cells):
+        s, lines = source(c), source(c).splitlines()
+        if m := re.search(r'[^\x20-\x7e\n\xa0-\U0010ffff]', s): yield n, f'control character {m[0]!r}, a lost backslash?'
+        if c['cell_type'] == 'code':
+            yield from ((n, f'a heading in code: {t}') for t in lines if re.match(r'\s*#\s+#+ ', t))
+        if c['cell_type'] != 'markdown': continue
+        if m := re.search(r'\$[^$\n]*(?<![\\A-Za-z])(ho|heta|ambda|igma|lpha|psilon|abla|rac|imes|qrt)(?![A-Za-z])', s):
+            yield n, f'a lost backslash: {m[0]}'
+        text = re.sub(r'^```.*?^```', lambda m: '\n' * m[0].count('\n'), s, flags=re.M | re.S).strip('\n').split('\n')
+        yield from ((n, f'a heading that is not the first line of its cell: {t}') for t in text[1:] if re.match(r'#{1,6} ', t))
+        yield from ((n, f'no {t}') for t in re.findall(r'(?<![/\w])reidnb(?:\.[A-Za-z_]\w*)+', s) if not known(t))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_slips_of_the_pen(path): assert not list(slips(json.loads(path.read_text())['cells']))
+
+
+@pytest.mark.parametrize('kind,text', [
+    ('markdown', 'where $\rho$ is'), ('markdown', 'a\tb'), ('markdown', 'where $ ho_1$ is'), ('markdown', '$\frac12$'),
+    ('markdown', 'text\n\n## Limits'), ('markdown', 'see `reidnb.contract`'), ('markdown', '`reidnb.networks.small_net()`'),
+    ('markdown', 'reidnb.core.files.no_such'), ('code', 'x = 1\n# ## Export -')])
+def test_slips_are_found(kind, text): assert list(slips([dict(cell_type=kind, source=[text])]))
+
+
+def test_what_is_no_slip():
+    fine = ['## Limits\n\ntext', '```bash\n# ## a comment\n```\nand', r'$\rho\frac{1}{2}\sqrt x$', '`reidnb.networks.make_backbone`, '
+            '`reidnb.core.files`, https://reidnb.github.io', 'Radenović, 1 × 2 → ½ … “so”']
+    assert not list(slips([dict(cell_type='markdown', source=[t]) for t in fine]))
 
 
 def floors():

@@ -70,7 +70,7 @@ class Page:
     cells: list
     title: str = ''
     subtitle: str = ''
-    module: str = ''                                      # `reidnb.crops`
+    module: str = ''                                      # `reidnb.data.crops`
     headings: dict = field(default_factory=dict)          # what an anchor says -> its slug
     sections: dict = field(default_factory=dict)          # exported name -> slug of the section that defines it
     shown: set = field(default_factory=set)               # names whose code stands open on the page, `Crops.labels` for a method

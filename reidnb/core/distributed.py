@@ -67,6 +67,9 @@ class _Global:
 class GlobalBatchNorm1d(_Global, nn.BatchNorm1d): "Batch normalisation of vectors over all processes"
 class GlobalBatchNorm2d(_Global, nn.BatchNorm2d): "Batch normalisation of maps over all processes"
 
+class _GlobalActing(GlobalBatchNorm2d): # a batch norm of timm with its activation
+    def forward(self, x): return self.act(self.drop(super().forward(x)))
+
 # %% ../../nbs/core/20_distributed.ipynb #7084fa3c
 def global_batch_norm(
     model:nn.Module, # Network whose batch norms are converted, in place
@@ -75,4 +78,6 @@ def global_batch_norm(
     kinds = {nn.BatchNorm1d: GlobalBatchNorm1d, nn.BatchNorm2d: GlobalBatchNorm2d}
     for m in model.modules():
         if type(m) in kinds: m.__class__ = kinds[type(m)]
+        elif isinstance(m, nn.BatchNorm2d) and hasattr(m, 'act') and not isinstance(m, _Global):
+            m.__class__ = _GlobalActing
     return model

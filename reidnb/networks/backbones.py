@@ -18,10 +18,17 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from ..data.transforms import IMAGENET_MEAN
 from .weights import LoadReport, imagenet_weights, load_weights, package_weights
 
 # %% ../../nbs/networks/10_backbones.ipynb #35d21a64
 STAGES = ('stem', 'layer1', 'layer2', 'layer3', 'layer4')
+
+def _width(net): # channels of the last batch norm; without one, of the last convolution or linear layer
+    norms = [m.num_features for m in net.modules() if hasattr(m, 'num_features')]
+    layers = [getattr(m, 'out_channels', None) or m.out_features for m in net.modules()
+              if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return (norms or layers)[-1]
 
 def _rest(module, shortcuts, mode):
     "Evaluation mode for a frozen module; its shortcuts follow `mode` when they are not frozen"
@@ -32,13 +39,14 @@ def _rest(module, shortcuts, mode):
 # %% ../../nbs/networks/10_backbones.ipynb #dc9f6d42
 class Backbone(nn.Module):
     "A network in stages from images to a map `(B,channels,H/stride,W/stride)`"
+    chained = True # Its modules in a row are the network, so it can be cut in two
     def __init__(self,
         parts:dict, # Name -> module, names as in torchvision
         stages:list, # Names of the modules of each stage, in order of computation
         stride, # Pixels of the image that a cell of the map covers; a list: after each stage
         name:str='', # Name of the network
         names:list|None=None, # Names of the stages; None: 'stem', 'layer1', ...
-        channels:int|None=None, # Channels of the map; None: those of the last norm
+        channels:int|None=None, # Channels of the map; None: those of the last norm or layer
     ):
         super().__init__()
         for k,m in parts.items(): self.add_module(k, m)
@@ -46,8 +54,7 @@ class Backbone(nn.Module):
         self.names = list(names or STAGES[:len(stages)])
         self.strides = list(stride) if isinstance(stride, (list, tuple)) else [stride]*len(stages)
         self.stride = self.strides[-1] if self.strides else stride
-        widths = [m.num_features for m in self.modules() if hasattr(m, 'num_features')]
-        self.channels, self.report = channels or widths[-1], None
+        self.channels, self.report = channels or _width(self), None
 
     def modules_of(self,
         stage:int, # Number of the stage, from 0 (the stem)
@@ -108,7 +115,8 @@ class SmallNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 # %% ../../nbs/networks/10_backbones.ipynb #19c8d7e7
-_RESNETS = [f'resnet{d}' for d in (18, 34, 50, 101, 152)]
+_RESNETS = [*(f'resnet{d}' for d in (18, 34, 50, 101, 152)),
+            'resnext50_32x4d', 'resnext101_32x8d', 'resnext101_64x4d']
 _BLOCKS = {'mobilenet_v2': (0, 2, 4, 7, 14, 19),
            **{f'efficientnet_b{i}': (0, 2, 3, 4, 6, 9) for i in range(8)}} # first block of each stage
 def _parts(
@@ -152,10 +160,10 @@ def _fill(
 
 # %% ../../nbs/networks/10_backbones.ipynb #475862f1
 def make_backbone(
-    name:str='resnet50', # 'resnet18|34|50|101|152', 'mobilenet_v2', 'efficientnet_b0..7', 'small'
+    name:str='resnet50', # 'resnet18|34|50|..', 'resnext50_32x4d', 'mobilenet_v2', 'small', 'timm:NAME', ..
     *,
     cut_at:str='layer4', # Last stage kept: 'stem', 'layer1' .. 'layer4'
-    last_stride:int=1, # Stride of layer4: 1 keeps the resolution, 2 as in classification
+    last_stride:int=1, # Stride of the last stage: 1 keeps the resolution, 2 as in classification
     frozen_stages:int=0, # Stages that never change, from the stem on: 3 = stem, layer1, layer2
     frozen_shortcuts:bool=True, # False: their shortcuts' norms go on collecting statistics
     weights=None, # None (random), 'imagenet', 'small', a file, or a dictionary of tensors
@@ -163,11 +171,15 @@ def make_backbone(
     stem_relu:bool=True, # False: no ReLU in a ResNet's stem, as in the code of MMT and ABMT
 )->Backbone: # Images `(B,3,H,W)` -> map `(B,C,h,w)`
     "A network without its classifier, cut, strided, frozen and filled as asked"
-    known = [*_RESNETS, *_BLOCKS, 'small']
-    if name not in known: raise ValueError(f"no network {name!r}; there are {', '.join(known)}")
+    known, timm = [*_RESNETS, *_BLOCKS, 'small'], name.startswith('timm:')
+    if name not in known and not timm:
+        raise ValueError(f"no network {name!r}; there are {', '.join(known)}, and 'timm:NAME'")
     if cut_at not in STAGES: raise ValueError(f"cut_at={cut_at!r}: one of {', '.join(STAGES)}")
     if last_stride not in (1, 2): raise ValueError(f"last_stride={last_stride}: 1 or 2")
-    if not stem_relu and name in _BLOCKS: raise ValueError(f"stem_relu=False is not for {name}")
+    if not stem_relu and (timm or name in _BLOCKS): raise ValueError(f"stem_relu=False is not for {name}")
+    if timm:
+        net = _timm_backbone(name, cut_at, last_stride, weights, by_order)
+        return net.freeze(frozen_stages, frozen_shortcuts)
     n = STAGES.index(cut_at)+1
     parts, stages = _parts(name, n, stem_relu)
     strides = (2 if name in _BLOCKS else 4, 4, 8, 16, 16*last_stride)
@@ -224,6 +236,9 @@ def split_backbone(
 )->tuple: # Shared `Backbone` and a list of `Backbone`: the rest, each with its own weights
     "Cut a network into a shared part and copies of the rest"
     stage, dot, block = after.partition('.')
+    if not backbone.chained:
+        raise ValueError(f"{backbone.name} is computed in one piece and cannot be cut behind {after!r}: "
+                         "one branch only, shared_until=None")
     if stage not in backbone.names:
         raise ValueError(f"after={after!r}: {backbone.name} has {', '.join(backbone.names)}")
     if copies<1: raise ValueError(f"copies={copies}: at least one tail")
@@ -306,3 +321,171 @@ class Encoder(nn.Module):
         "The test feature"
         f, neck = self(images)
         return F.normalize((neck if self.test_feature=='neck' else f).float(), dim=1)
+
+# %% ../../nbs/networks/10_backbones.ipynb #080b67ae
+def _timm_net(
+    name:str, # Network of timm
+    pretrained:bool, # With its weights
+)->nn.Module: # Without classifier; a vision transformer takes crops of any size
+    "Import timm, build a network, and say what is missing"
+    try: import timm
+    except ImportError as e:
+        raise ImportError(f"'timm:{name}' needs timm: pip install 'reidnb[timm]'") from e
+    if not timm.is_model(name):
+        near = ', '.join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"timm {timm.__version__} has no network {name!r}"+f'; it has {near}'*bool(near))
+    cfg = timm.models.get_pretrained_cfg(name)
+    if pretrained and not (cfg and cfg.has_weights): raise ValueError(f"timm has no weights of {name!r}")
+    if pretrained and tuple(cfg.mean)!=IMAGENET_MEAN:
+        warnings.warn(f"timm:{name}: its weights expect pixels of mean {cfg.mean}, not ImageNet's")
+    for options in (dict(dynamic_img_size=True), {}):
+        try: return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        except Exception as e:
+            if isinstance(e, TypeError) and options: continue   # only transformers know the option
+            if not pretrained: raise
+            raise ConnectionError(f"cannot get the weights of timm:{name} ({e}). Where there is a network "
+                                  f"fetch {cfg.hf_hub_id or cfg.url} from the Hugging Face Hub and pass the "
+                                  "file: weights='PATH'; or start from random weights: weights=None") from e
+
+# %% ../../nbs/networks/10_backbones.ipynb #6efaa270
+def _timm_names(
+    net:nn.Module, # Network of timm
+)->tuple: # Names of its modules in order, numbers of those that end a map, pixels of a cell of each map
+    "Modules of a network, taken apart where `feature_info` looks into them"
+    marks, names = [d['module'] for d in getattr(net, 'feature_info', [])], []
+    if not marks: raise ValueError(f"timm's {type(net).__name__} names no feature maps")
+    for k,m in net.named_children():
+        inner = any(f.startswith(k+'.') for f in marks)
+        names += [f'{k}.{c}' for c,_ in m.named_children()] if inner else [k]
+    ends = [next((i for i,k in enumerate(names) if (f+'.').startswith(k+'.')), None) for f in marks]
+    if None in ends:
+        raise ValueError(f"timm's {type(net).__name__} has no {marks[ends.index(None)]!r}: "
+                         "its stages are not known")
+    return names, ends, [d['reduction'] for d in net.feature_info]
+
+# %% ../../nbs/networks/10_backbones.ipynb #39de1bec
+def _timm_chain(
+    net:nn.Module, # Network of timm, in eval mode
+    names:list, # Its modules
+    x:Tensor, # A crop
+)->list: # Names of the modules that make its map in a row; empty where it is no such row
+    "Watch which module reads whose result"
+    seen, last = [], x
+    hooks = [net.get_submodule(k).register_forward_hook(lambda m, x, y, k=k: seen.append((k, x[0], y)))
+             for k in names]
+    out = net.forward_features(x)
+    for h in hooks: h.remove()
+    for _,i,o in seen:
+        if i is not last: return []
+        last = o
+    return [k for k,*_ in seen] if last is out and out.ndim==4 and out.shape[1]==net.num_features else []
+
+# %% ../../nbs/networks/10_backbones.ipynb #fb44ec75
+def _timm_stages(
+    net:nn.Module, # Network of timm
+    names:list, # Its modules in order
+    ends:list, # Numbers of those that end a map
+    strides:list, # Pixels of a cell of each map
+)->tuple: # Names of the modules of each stage, stem first; which maps end the stages behind the stem
+    "Group modules into a stem and up to four layers"
+    n, even = len(ends), len(set(strides))==1
+    last = sorted({n*i//4-1 for i in range(1, 5)}-{-1}) if even else list(range(n))[-4:]
+    cuts = [ends[0] if even or not last[0] else ends[last[0]-1]+1, *(ends[i]+1 for i in last[:-1])]
+    for i,c in enumerate(cuts): # what has no weights, such as a max pooling, ends a stage
+        while not any(True for _ in net.get_submodule(names[c]).parameters()): c += 1
+        cuts[i] = c
+    return [names[a:b] for a,b in zip([0, *cuts], [*cuts, len(names)])], last
+
+# %% ../../nbs/networks/10_backbones.ipynb #0e41ef34
+class _Whole(Backbone):
+    "A network of timm that is computed in one piece"
+    chained = False
+    def __init__(self, net, stages, *args):
+        super().__init__({'net': net}, [[f'net.{k}' for k in s] for s in stages], *args)
+
+    def forward(self, x):
+        return self.net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[-1]
+
+    def freeze(self, n, shortcuts=True):
+        super().freeze(n, shortcuts)
+        for p in self.net.parameters(recurse=False): p.requires_grad_(not n) # with the stem
+        return self
+
+def _chain(net, stages, last, n, strides, name): # the modules of the first stages in a row
+    kept = [[f'net.{k}' for k in s] for s in stages[:n]]
+    parts = {k: net.get_submodule(k[4:]) for s in kept for k in s}
+    return Backbone(_tree(parts), kept, [1]*n, name)
+
+def _whole(net, stages, last, n, strides, name): # cut a network of one piece
+    if n==1: raise ValueError(f"cut_at='stem': {name} is computed in one piece; from 'layer1' on")
+    net.prune_intermediate_layers([last[n-2]])
+    kept = [[k for k in s if _has(net, k)] for s in stages[:n]]
+    if n<len(stages): kept[-1] += [k for k in stages[-1] if _has(net, k) and '.' not in k]
+    return _Whole(net, kept, [strides[i] for i in (last[0], *last)][:n], name, None, net.num_features)
+
+def _has(net, k):
+    try: return net.get_submodule(k) is not None
+    except AttributeError: return False
+
+# %% ../../nbs/networks/10_backbones.ipynb #ba598c02
+class _Padded(nn.Conv2d):
+    "Convolution of stride 1 and even kernel that keeps the size of a map"
+    def forward(self, x):
+        (h, w), p = self.kernel_size, self.padding
+        return super().forward(F.pad(x, (0, w-1-2*p[1], 0, h-1-2*p[0])))
+
+def _unstride(modules): # stride 1 wherever it is 2
+    for m in (x for part in modules for x in part.modules()):
+        if isinstance(m, nn.Conv2d) and m.stride==(2, 2):
+            m.stride = (1, 1)
+            if type(m) is nn.Conv2d and m.kernel_size[0]%2==0: m.__class__ = _Padded
+        if isinstance(m, nn.MaxPool2d) and m.stride==2: m.stride = 1
+        if isinstance(m, nn.AvgPool2d) and m.stride==2: m.kernel_size, m.stride, m.padding = 1, 1, 0
+
+# %% ../../nbs/networks/10_backbones.ipynb #65b6bab9
+def _timm_backbone(
+    name:str, # 'timm:' and a network of timm
+    cut_at:str, # Last stage kept
+    last_stride:int, # Stride of the last stage
+    weights, # As in `make_backbone`
+    by_order:bool, # As in `make_backbone`
+)->Backbone: # The network, nothing frozen
+    "A network of timm in stages"
+    pretrained = isinstance(weights, str) and weights=='imagenet'
+    net = _timm_net(name[5:], pretrained).eval()
+    names, ends, strides = _timm_names(net)
+    r = max(strides)
+    x = torch.zeros(1, 3, -(-128//r)*r, -(-64//r)*r)
+    try:
+        with torch.no_grad(): chain = _timm_chain(net, names, x)
+    except Exception as e:
+        raise ValueError(f"{name} takes no crops of {x.shape[2]} x {x.shape[3]}: {e}") from e
+    stages, last = _timm_stages(net, chain or names, ends, strides)
+    n = min(STAGES.index(cut_at)+1, len(stages))
+    if n==len(stages) and last_stride==1: _unstride(net.get_submodule(k) for k in stages[-1])
+    net = (_chain if chain else _whole)(net, stages, last, n, strides, name)
+    with torch.no_grad(): _measure(net.eval(), x, len(stages), last_stride)
+    if pretrained: net.report = LoadReport(name, list(net.state_dict()))
+    elif weights not in (None, 'none'): net.report = _fill(net, weights, by_order)
+    return net.train()
+
+# %% ../../nbs/networks/10_backbones.ipynb #8797787c
+def _measure(
+    net:Backbone, # Network, in eval mode; its strides and channels are set
+    x:Tensor, # A crop
+    n:int, # Stages it has when it is not cut
+    last_stride:int, # What the last of them was asked to do
+)->None: # Nothing
+    "Set strides and channels to what comes out, and see that the last stride is as asked"
+    y, strides, whole = x, list(net.strides), len(net.stages)==n and n>1
+    try:
+        for i in range(len(net.stages) if net.chained else 0):
+            for m in net.modules_of(i): y = m(y)
+            strides[i] = x.shape[2]//y.shape[2]
+        if not net.chained: y = net(x); strides[-1] = x.shape[2]//y.shape[2]
+        if whole and strides[-1]!=last_stride*strides[-2]:
+            raise RuntimeError(f"it is {strides[-1]//strides[-2]}")
+    except RuntimeError as e:
+        raise ValueError(f"last_stride={last_stride}: the last stride of {net.name} "
+                         f"cannot be changed to it; {e}") from e
+    net.strides, net.stride, net.channels = strides, strides[-1], y.shape[1]

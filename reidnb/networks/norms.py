@@ -88,6 +88,14 @@ class IBNa(nn.Module):
         return torch.cat([self.IN(a), self.BN(b)], 1)
 
 # %% ../../nbs/networks/20_norms.ipynb #a4895434
+class _Acting:
+    "A norm with an activation behind it, as the batch norms of timm's RegNet have"
+    def forward(self, x): return self.act(super().forward(x))
+
+class _ActingAIBN(_Acting, AIBN2d): pass
+class _ActingIN(_Acting, nn.InstanceNorm2d): pass
+_ACTING = {AIBN2d: _ActingAIBN, nn.InstanceNorm2d: _ActingIN}
+
 def _take_over(
     new:nn.Module, # Norm to fill
     old:nn.BatchNorm2d, # Norm it replaces
@@ -99,6 +107,7 @@ def _take_over(
         for k,v in old.state_dict().items():
             if getattr(new, k, None) is not None: getattr(new, k).copy_(v[part] if v.ndim else v)
     for k,p in new.named_parameters(): p.requires_grad_(old.weight.requires_grad)
+    if hasattr(old, 'act'): new.act, new.__class__ = old.act, _ACTING[type(new)]
     return new
 
 def _instance(bn, part=slice(None)):
@@ -214,7 +223,11 @@ def convert_norms(
         return new
     make = {'aibn': aibn, 'in': lambda bn, *_: _instance(bn)}.get(kind)
     plan = _plan_all(places, make) if make else _plan_blocks(places, kind)
-    if not plan: raise ValueError(f"{kind}: no batch norm to convert in these stages; converted before?")
+    if not plan:
+        here = sorted({type(m).__name__ for n,_,bs in places for b in bs for m in n.get_submodule(b).modules()
+                       if 'Norm' in type(m).__name__ or isinstance(m, AIBN2d)})
+        raise ValueError(f"{kind}: no batch norm to convert in these stages, "
+                         f"only {', '.join(here) or 'no norm'}")
     for change,args in plan: change(*args)
     return net
 

@@ -274,8 +274,9 @@ def _extra_block(
     "A further residual block behind the last one"
     last = [m for m in backbone.modules() if isinstance(m, (BasicBlock, Bottleneck))]
     if not last: raise ValueError(f"extra_blocks: {backbone.name} has no residual blocks")
-    kind, c = type(last[-1]), backbone.channels
-    block = kind(c, c//kind.expansion)
+    kind, c, conv = type(last[-1]), backbone.channels, last[-1].conv2
+    n, planes = conv.groups, c//kind.expansion
+    block = kind(c, planes, groups=n, base_width=conv.out_channels*64//(n*planes)) # ResNeXt has groups
     for m in block.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
         if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.weight, 1, .02); nn.init.zeros_(m.bias)
