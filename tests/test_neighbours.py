@@ -69,7 +69,7 @@ def test_knn_of_two_sets(x, seed, budget):
 @given(st.integers(0, 10**6), st.sampled_from([3, 40, 300]), st.integers(1, 40), st.sampled_from([0., 3e-7]),
        st.sampled_from(['torch', 'two sets']), st.sampled_from([1, 2**28]))
 def test_copies_tie_wherever_they_stand(seed, dim, k, noise, kind, budget):
-    "Permuted rows keep their lists: the same distances to the last bit, the same contents"
+    "Permuted rows keep their lists: the same distances to the last bit, and of copies the same contents"
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(70, dim, generator=g)[torch.randint(70, (130,), generator=g)]
     if not noise: x[100:] = x[0]                              # more copies than candidates to spare
@@ -77,7 +77,8 @@ def test_copies_tie_wherever_they_stand(seed, dim, k, noise, kind, budget):
     p = torch.randperm(len(x), generator=g)
     own = kind == 'torch'
     a, b = (knn(z, None if own else z, k=k, budget=budget) for z in (x, x[p]))
-    assert b.distance.equal(a.distance[p]) and x[p][b.index].equal(x[a.index[p]])
+    assert b.distance.equal(a.distance[p])
+    if not noise: assert x[p][b.index].equal(x[a.index[p]])   # points a bit apart can be at one distance
     D = (x[:, None] - x).double().square().sum(2).numpy()
     order = order_of(D) if own else D.argsort(1, kind='stable')
     assert a.index.numpy().tolist() == order[:, :k].tolist()
