@@ -189,8 +189,9 @@ def _train_bare(run, batches):
             run.method.after_step()
 
 def _training_job(name, **changes):
-    return Job(f'training {name}, 20 steps; the ratio is its share of the bare step', _training(name, **changes),
-               {'ours': _train_ours, 'bare step': _train_bare}, {'bare step': .9}, turns=True)
+    what = f'training {name}, 20 steps; the ratio is its share of the bare step'
+    sides = {'ours': _train_ours, 'bare step': _train_bare}
+    return Job(what, _training(name, **changes), sides, {'bare step': .9}, turns=True)
 
 # %% ../../nbs/practice/36_benchmarks.ipynb #645c1c1d
 def _qaconv_ours(matcher, q, g): return score_matrix(matcher, q, g)
