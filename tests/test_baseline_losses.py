@@ -99,11 +99,11 @@ def test_class_memory_meets_the_step_before():
     one, two = list(m.epoch(0))[:2]
     assert m(one)['class_memory'].item() == 0 and not m.memory.memory.seen.any()
     m.after_batch(one)
-    f, y = m.newest
+    f, y = one.kept['newest'], one.kept['labels']
     assert sorted(set(y.tolist())) == m.memory.memory.seen.nonzero()[:, 0].tolist()
     for c in set(y.tolist()): assert torch.equal(m.memory.memory.maps[c], f[y == c][-1])
     got = m(two)['class_memory'].item()
-    g, t = m.newest
+    g, t = two.kept['newest'], two.kept['labels']
     seen = m.memory.memory.seen.nonzero()[:, 0]
     c = F.normalize(g, dim=1) @ F.normalize(m.memory.memory.maps[seen], dim=1).T
     z, want = (c - c.mean()) / (c.var(unbiased=False) + 1e-5).sqrt(), 0.

@@ -462,7 +462,7 @@ def test_spcl_memory_and_outliers():
     terms = method.train()(batch)
     assert 0 < float(terms['hybrid'].detach()) < 20
     assert torch.equal(rows, method.memory.rows), 'the memory changes after the step'
-    method.after_step()
+    method.after_batch(batch)
     moved = (rows != method.memory.rows).any(1)
     assert set(moved.nonzero()[:, 0].tolist()) == set(batch.index.tolist())
     assert torch.allclose(method.memory.rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
@@ -491,7 +491,7 @@ def test_cap_terms_and_updates():
     batch = next(iter(method.epoch(1)))
     assert method.train()(batch).keys() == {'intra', 'inter'}
     before = method.memory.proxies.clone()
-    method.after_step()
+    method.after_batch(batch)
     touched = method.memory.index(method.labels[batch.index], method.cams[batch.index]).unique()
     moved = (before != method.memory.proxies).any(1).nonzero()[:, 0]
     assert set(moved.tolist()) == set(touched.tolist())

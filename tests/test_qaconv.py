@@ -189,7 +189,7 @@ def test_distance_does_not_depend_on_mode_or_batch():
 
 def test_features_do_not_depend_on_the_batch():
     m, c = method(), toy()
-    a, b = (extract(m, c, height=64, width=32, batch_size=n) for n in (3, 32))
+    a, b = (extract(m, c, batch_size=n, dtype=torch.float32) for n in (3, 32))
     assert a.shape == (len(c), 16*8*4) and torch.allclose(a, b, atol=1e-5)
     assert torch.allclose(a.view(-1, 16, 8, 4).norm(dim=1), torch.ones(len(c), 8, 4), atol=1e-5)
 

@@ -90,7 +90,7 @@ def test_15_identical_frames_give_the_vector_three_times():
     crops = toy_crops(2, n_cams=2, n_each=1)
     same = Crops([crops.images[0]] * 15, np.ones(15, int), np.zeros(15, int), np.arange(15.), np.zeros(15, int))
     method = build()
-    f, pids, cams = embed_tracklets(method, same, groups=3)
+    f, pids, cams = embed_tracklets(method, same, pooling='tpp')
     one = extract(method, same[[0]], height=48, width=24)[0]
     assert f.shape == (1, 3 * method.network.dim) and torch.allclose(f[0], one.repeat(3), atol=1e-6)
 
@@ -333,19 +333,20 @@ def test_from_a_mars_tree_to_metrics(walks, tmp_path):
 
 def test_walks_re_ranked(walks):
     "Against `rerank_distances` on pooled features; one row a tracklet, its middle frame"
-    method, data = build(), replace(walks, query=walks.gallery)
+    g = walks.gallery
+    method, data = build(), replace(walks, query=g[g.cams == 0], gallery=g[g.cams > 0])
     k = dict(frames=7, pooling='tpp')
     made = rank(method, data, ('none', 'rr'), 'tracklet', options=dict(reranking=dict(k1=4, k2=2)), **k)
     found = made.metrics
-    x, pids, cams = embed_tracklets(method, data.gallery, **k)
-    d = method.distance(x, x)
-    want = evaluate(rerank_distances(d, d, d, k1=4, k2=2), pids, pids, cams, cams)
+    (y, *asked), (x, *who) = (embed_tracklets(method, c, **k) for c in (data.query, data.gallery))
+    d = [method.distance(a, b) for a, b in ((y, x), (y, y), (x, x))]
+    want = evaluate(rerank_distances(*d, k1=4, k2=2), *[v for pair in zip(asked, who) for v in pair])
     assert found['rr'].mAP == pytest.approx(want.mAP, abs=1e-6)
     assert found['none'].mAP == pytest.approx(score(method, data, per='tracklet', **k).mAP, abs=1e-6)
     assert {'query features', 'gallery features', 'distance', 'rr', 'score'} <= set(made.seconds)
     t, table = tracklets(data.gallery), tracklet_table(data.gallery)
     assert (table.pids == t.pids).all() and (table.cams == t.cams).all() and table.images[4] == data.gallery.images[t[4][2]]
-    assert (made.query.pids == table.pids).all() and len(made.dist) == len(table)
+    assert (made.gallery.pids == table.pids).all() and made.dist.shape == (len(made.query), len(table))
     with pytest.raises(ValueError, match="'x'"): rank(method, data, 'x')
 
 

@@ -133,7 +133,7 @@ def test_gallery_file_keeps_everything(tmp_path):
     g = Gallery.build(Mean(), crops, height=32, width=16)
     back = Gallery.load(g.save(tmp_path/'new folder'/'g.safetensors'), Mean())
     for k in ('pids', 'cams', 'times', 'tracks'): np.testing.assert_array_equal(getattr(back.crops, k), getattr(crops, k))
-    assert (back.crops.name, back.crops.notes, back.height, back.width) == ('mine', ['one note'], 32, 16)
+    assert (back.crops.name, back.crops.notes, back.size) == ('mine', ['one note'], (32, 16))
     assert [back.crops.file_name(i) for i in range(4)] == names
     assert list(back.crops.extra['raw_cam']) == ['door', 'yard', '', 'hall'] and back.crops.extra['frame'][3] == 3
     assert torch.equal(back.features, g.features)

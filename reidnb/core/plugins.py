@@ -31,5 +31,5 @@ def _import_plugin(
 def load_plugins(
 )->list[str]: # Names of the modules of the variable
     "Import what extends the package, each once"
-    for point in entry_points(group='reidnb.plugins'): point.load()
+    for point in entry_points(group='reidnb_plugins'): point.load()
     return [_import_plugin(x) for x in os.environ.get(PLUGINS, '').split(os.pathsep) if x]

@@ -26,7 +26,8 @@ def register_dataset(
     words = {short_name(x) for x in (spec.name, *spec.aliases)}
     for s in DATASETS.values():
         both = words & {short_name(x) for x in (s.name, *s.aliases, *s.family)}
-        if both and s!=spec: raise ValueError(f'{min(both)!r} is the name of {s.title} already: choose another')
+        if both and s!=spec:
+            raise ValueError(f'{min(both)!r} is the name of {s.title} already: choose another')
     DATASETS[spec.name] = spec
     return spec
 

@@ -53,7 +53,8 @@ class BaselineSettings(EncoderSettings):
 
     def check(self): # Nothing; raises where two fields do not go together
         super().check()
-        if self.loss=='triplet' and not self.triplet: raise ValueError("loss 'triplet' of weight 0: nothing to learn")
+        if self.loss=='triplet' and not self.triplet:
+            raise ValueError("loss 'triplet' of weight 0: nothing to learn")
 
 # %% ../../nbs/methods/10_baseline.ipynb #310e241e
 def _parts(s, dim, n): # What a loss keeps beside the encoder, by name

@@ -46,7 +46,7 @@ class QAConvSettings(EncoderSettings):
     lr:NotNegative=.01 # Learning rate of neck and matcher
     steps:tuple[Whole, ...]=(40,) # Epochs of decay
     backbone:str='resnet50' # Network, see `make_backbone`; `resnet152` for tables 1 and 2
-    cut_at:Literal['stem','layer1','layer2','layer3','layer4']='layer3' # Last stage of the backbone that is kept
+    cut_at:Literal['stem','layer1','layer2','layer3','layer4']='layer3' # Last stage of the backbone
     last_stride:Literal[1,2]=2 # Stride of that stage; 1: maps of twice the height and width
     backbone_lr:NotNegative=.1 # Learning rate of the backbone, a ratio of `lr`
     pooling:Literal['none']='none' # Maps are matched, not pooled

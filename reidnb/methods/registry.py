@@ -22,7 +22,8 @@ class Recipe(NamedTuple):
     settings:type|str # Class of its settings, or where it is
     differ:dict={} # What differs from their defaults
 
-def _methods(room, method): return f'reidnb.methods.{room}:{method}', f'reidnb.methods.{room}:{method}Settings'
+def _methods(room, method): # Where a method and its settings are
+    return f'reidnb.methods.{room}:{method}', f'reidnb.methods.{room}:{method}Settings'
 
 _SCR = _methods('scr', 'SCR')
 _SMALL = dict(backbone='small', weights='small', height=128, width=64)
@@ -67,9 +68,9 @@ def recipe(
     if name not in RECIPES: load_plugins()
     if name not in RECIPES: raise ValueError(f'no recipe {name!r}; there are: {", ".join(RECIPES)}')
     method, settings, differ = RECIPES[name]
-    settings, known = _class(settings), {f.name for f in fields(_class(settings))}
-    if set(changes)-known: raise ValueError(f'{settings.__name__} has no {", ".join(sorted(set(changes)-known))}; '
-                                            f'it has: {", ".join(sorted(known))}')
+    settings, known = _class(settings), sorted(f.name for f in fields(_class(settings)))
+    wrong = sorted(set(changes)-set(known))
+    if wrong: raise ValueError(f'{settings.__name__} has no {", ".join(wrong)}; it has: {", ".join(known)}')
     return _class(method), settings(**{**differ, **changes})
 
 # %% ../../nbs/methods/05_registry.ipynb #0f0382a3

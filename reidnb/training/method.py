@@ -108,7 +108,7 @@ def new_backbone(self:Method,
     "The backbone that the settings name, its norms converted and its weights loaded"
     s = self.settings
     weights = None if self.crops is None or s.weights=='none' else s.weights
-    converted = s.norm!='bn' and weights not in (None, 'imagenet', 'small') # a file holds the converted network
+    converted = s.norm!='bn' and weights not in (None, 'imagenet', 'small') # by a file of that network
     kwargs = dict(last_stride=s.last_stride) | kwargs
     net = make_backbone(s.backbone, weights=None if converted else weights, **kwargs)
     if s.norm!='bn': convert_norms(net, s.norm)

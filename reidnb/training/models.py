@@ -46,7 +46,8 @@ def register_classes(
 )->None: # Nothing
     "Let model files name these classes; `register_method` does it for you"
     for c in classes:
-        if not issubclass(c, (Method, Settings)): raise ValueError(f'{c.__name__} is neither a method nor settings')
+        if not issubclass(c, (Method, Settings)):
+            raise ValueError(f'{c.__name__} is neither a method nor settings')
         _registered[f'{c.__module__}:{c.__qualname__}'] = c
 
 def _named(
@@ -60,8 +61,9 @@ def _named(
     elif module.startswith('reidnb.'):
         module = _MOVED.get(module, module)
         kind = getattr(importlib.import_module(module), _RENAMED.get(f'{module}:{name}', name), None)
-    else: raise ValueError(f'the file names {spec}, which is outside this package and not registered: import the '
-                           f'module that registers it (or list it in REIDNB_PLUGINS), or give `cls=` and `settings=`')
+    else: raise ValueError(
+        f'the file names {spec}, which is outside this package and not registered: import the module that '
+        f'registers it (or list it in REIDNB_PLUGINS), or give `cls=` and `settings=`')
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ValueError(f'the file names {spec}, which is no {base.__name__.lower()}')
     return kind

@@ -111,8 +111,9 @@ def _sides(data, per):
 
 def _whole_walks(data):
     "Whether no walk is torn: a walk that asks and answers is whole on both sides"
-    q, g = (Counter(zip(c.pids.tolist(), c.cams.tolist(), c.tracks.tolist())) for c in (data.query, data.gallery))
-    known = all((c.tracks>=0).all() for c in (data.query, data.gallery))
+    sides = data.query, data.gallery
+    q, g = (Counter(zip(c.pids.tolist(), c.cams.tolist(), c.tracks.tolist())) for c in sides)
+    known = all((c.tracks>=0).all() for c in sides)
     return known and all(q[k]==g[k] for k in q.keys() & g.keys())
 
 def _check_labels(query, gallery, protocol):

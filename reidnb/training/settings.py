@@ -37,10 +37,12 @@ Part = Annotated[float, Within(0, 1)] # 0 to 1
 # %% ../../nbs/training/05_settings.ipynb #5801547b
 _WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}
 
+def _ranges(args): return [a for a in args if isinstance(a, Within)]
+
 def _fits(value, kind):
     "Whether a value belongs to an annotated type"
     origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated: return _fits(value, args[0]) and all(value in a for a in args[1:] if isinstance(a, Within))
+    if origin is Annotated: return _fits(value, args[0]) and all(value in a for a in _ranges(args))
     if origin is Literal: return any(type(value) is type(a) and value==a for a in args)
     if origin in (Union, UnionType): return any(_fits(value, a) for a in args)
     if origin is tuple: return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
@@ -54,7 +56,7 @@ def allowed(
 )->str: # What may stand there
     "A type in words"
     origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated: return ' '.join([allowed(args[0]), *(str(a) for a in args[1:] if isinstance(a, Within))])
+    if origin is Annotated: return ' '.join([allowed(args[0]), *map(str, _ranges(args))])
     if origin is Literal: return ('one of ' if len(args)>1 else '')+', '.join(map(repr, args))
     if origin in (Union, UnionType): return ' or '.join(map(allowed, args))
     if origin is tuple: return f'a tuple, each {allowed(args[0])}'
