@@ -131,7 +131,7 @@ class ICE(Method):
     ):
         super().__init__(settings, crops)
         s, net = settings, _encoder(settings, crops is None)
-        self.momentum = EMATeacher(net, s.alpha, rampup=False, buffers=s.statistics)
+        self.momentum = EMATeacher(net, keep=s.alpha, rampup=False, buffers=s.statistics)
         if crops is None: return
         if not len(crops): raise ValueError(f'{crops.name!r} has no crops to learn from')
         if s.truth and not crops.labelled:

@@ -99,14 +99,14 @@ class SpCL(Method):
         "Contrast a batch with clusters and single crops of the memory"
         s, f = self.settings, F.normalize(self.encoder(batch.images)[1].float(), dim=1)
         self.seen = f.detach()
-        return {'hybrid': hybrid_loss(gather(f), self.memory.rows, self.labels, gather(batch.index),
+        return {'hybrid': hybrid_loss(gather(f), self.memory, gather(batch.index),
                                       temperature=s.temperature, eps=s.guard)}
 
     def after_step(self,
         batch:Batch, # The batch that was stepped on
     )->None: # Nothing
         "Move the rows of the batch in the memory towards its features"
-        self.memory.update(batch.index, self.seen, self.settings.momentum)
+        self.memory.update(self.seen, batch.index, keep=self.settings.momentum)
 
 # %% ../../nbs/methods/75_proxies.ipynb #af36f717
 @patch
@@ -122,7 +122,7 @@ def epoch(self:SpCL,
                           use=self.paced)
     found.seconds.update(seconds)
     self.labels.copy_(found.labels)
-    self.memory.rebuild(self.labels)
+    self.memory.rebuild(None, self.labels)
     loader = self.loader(_sampler(s, self.memory.labels, self.crops), self.transform)
     yield from labelled_epoch(self, found, start, self.batches(loader, n))
 
@@ -210,7 +210,7 @@ class CAP(Method):
     )->None: # Nothing
         "Move the proxies of the batch towards its features"
         y, cams = self.labels[batch.index], self.cams[batch.index]
-        self.memory.update(self.seen, y, cams, self.settings.momentum)
+        self.memory.update(self.seen, y, cams, keep=self.settings.momentum)
 
 # %% ../../nbs/methods/75_proxies.ipynb #9aa5b9b3
 @patch

@@ -219,7 +219,8 @@ def after_step(self:QAConvMethod,
 )->None: # Nothing; the memory holds the new maps
     "Write the maps of the step into the memory (QAConv section 3.3)"
     if self.terms[0]!='triplet':
-        self.memory.update(*self.fresh)
+        y, maps = self.fresh
+        self.memory.update(maps, y)
         self.facts = dict(classes_seen=int(self.memory.seen.sum()))
     self.fresh = None
 
