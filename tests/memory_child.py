@@ -30,23 +30,23 @@ def run():
     memories = nn.ModuleDict(dict(
         assign=ClassMapMemory(4, (D,)), averaged=ClassMapMemory(4, (D,), keep=.5), exemplar=ExemplarMemory(N, D),
         hybrid=HybridMemory(N, D), cluster=ClusterProxyMemory(D), camera=CameraProxyMemory(D)))
-    memories['hybrid'].rebuild(labels, features)
+    memories['hybrid'].rebuild(features, labels)
     memories['cluster'].rebuild(features, labels)
     memories['camera'].rebuild(features, labels, cams)
     torch.manual_seed(1)
     net = global_batch_norm(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, 4)))
     student = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    teachers = nn.ModuleDict({b: EMATeacher(student, .9, buffers=b) for b in ('own', 'copy', 'ema')})
+    teachers = nn.ModuleDict({b: EMATeacher(student, keep=.9, buffers=b) for b in ('own', 'copy', 'ema')})
     opt = torch.optim.SGD(net.parameters(), .1)
     for _ in range(5):
         index = torch.randint(0, N, (B,), generator=g)
         index[B // 2:] = torch.where(torch.rand(B // 2, generator=g) < .5, index[:B // 2], index[B // 2:])  # across
         f = torch.randn(B, D, generator=g)[part].requires_grad_()
         i, y, c = index[part], labels[index][part], cams[index][part]
-        for k in ('assign', 'averaged'): memories[k].update(y, f)
-        memories['exemplar'].update(i, f, .4)
-        memories['hybrid'].update(i, f)
-        memories['cluster'].update(f, y, .5)
+        for k in ('assign', 'averaged'): memories[k].update(f, y)
+        memories['exemplar'].update(f, i, keep=.4)
+        memories['hybrid'].update(f, i)
+        memories['cluster'].update(f, y, keep=.5)
         memories['camera'].update(f, y, c)
         opt.zero_grad()
         F.cross_entropy(student(f.detach()), y.clamp(min=0)).backward()
@@ -54,7 +54,7 @@ def run():
         for t in teachers.values(): t(f.detach()), t.update(student)
     bad = f.detach().clone()
     if rank == world - 1: bad[-1, 0] = float('nan')
-    try: memories['exemplar'].update(i, bad)
+    try: memories['exemplar'].update(bad, i)
     except ValueError as e: error = str(e)
     return dict(memories=memories.state_dict(), teachers=teachers.state_dict(), student=net.state_dict(), error=error)
 

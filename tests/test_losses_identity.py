@@ -147,7 +147,7 @@ def test_arcface_on_the_axis(dtype, sign):
 def test_autocast_changes_nothing():
     f, y = normal(6, 8, dtype=torch.float32), long([0, 1, 2, 2, 0, -1])
     arc, cm = I.ArcFace(8, 3), I.ClassMemoryLoss(8, 3, auto_update=True).eval()
-    cm.memory.update(y[:3], f[3:])
+    cm.memory.update(f[3:], y[:3])
     for loss in (arc, cm, I.CenterLoss(8, 3).eval(), lambda f, y: I.cross_entropy(f, y)):
         plain = loss(f, y)
         with torch.autocast('cpu', dtype=torch.bfloat16): auto = loss(f, y)
@@ -209,7 +209,7 @@ def test_order_of_the_batch_does_not_matter(y, seed):
     arc, center = I.ArcFace(4, 4).double(), I.CenterLoss(4, 4).double().eval()
     center.centres.copy_(normal(4, 4, seed=seed+1))
     memory = I.ClassMemoryLoss(4, 4, auto_update=True).eval()
-    memory.memory.update(torch.arange(4), normal(4, 4, seed=seed+2))
+    memory.memory.update(normal(4, 4, seed=seed+2), torch.arange(4))
     memory = memory.double()
     for loss in (arc, center, memory, I.cross_entropy):
         assert loss(f[p], y[p]).item() == pytest.approx(loss(f, y).item(), abs=1e-9)
@@ -221,7 +221,7 @@ def test_gradients_in_double_precision():
     functional = lambda f, w: torch.func.functional_call(arc, {'weight': w}, (f, y))
     assert check(functional, (f.clone().requires_grad_(), arc.weight))
     cm = I.ClassMemoryLoss(4, 3, auto_update=False)
-    cm.memory.update(torch.arange(3), normal(3, 4, seed=1))
+    cm.memory.update(normal(3, 4, seed=1), torch.arange(3))
     cm = cm.double()
     functional = lambda f, w, b: torch.func.functional_call(cm, {'bn.weight': w, 'bn.bias': b}, (f, y))
     assert check(functional, (f.clone().requires_grad_(), cm.bn.weight, cm.bn.bias))

@@ -21,7 +21,7 @@ CHILD = Path(__file__).parent / 'memory_child.py'
 fuzz = settings(max_examples=40, deadline=None)
 
 
-def slow_update(rows, index, f, keep, unit=True):
+def slow_update(rows, f, index, keep, unit=True):
     "One sample after the other"
     rows = rows.double().clone()
     for i, x in zip(index.tolist(), f.double()):
@@ -65,9 +65,9 @@ def test_exemplar_is_the_loop(case, keep, unit, seed):
     mem = ExemplarMemory(n, d, unit)
     mem.fill(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
     before = mem.rows.clone()
-    mem.update(index, f, keep)
+    mem.update(f, index, keep=keep)
     # where old and new cancel, the direction of the sum is rounding: compare only rows that stay away from zero
-    want = slow_update(before, index, f, keep, unit)
+    want = slow_update(before, f, index, keep, unit)
     assert mem.rows.isfinite().all()
     close(mem.rows, want, 1e-3)
     untouched = torch.tensor([i not in index.tolist() for i in range(n)])
@@ -82,8 +82,8 @@ def test_order_matters_only_within_a_row(case, order):
     n, d, index, f = case
     order = torch.tensor(sorted(range(len(index)), key=lambda i: (order[index[i]], i)), dtype=torch.long)
     a, b = ExemplarMemory(n, d), ExemplarMemory(n, d)
-    a.update(index, f, .5)
-    b.update(index[order], f[order], .5)
+    a.update(f, index, keep=.5)
+    b.update(f[order], index[order], keep=.5)
     assert torch.equal(a.rows, b.rows)
 
 
@@ -94,7 +94,7 @@ def test_class_maps(case, keep):
     f = f.view(-1, 1, d).expand(-1, 2, d)
     mem, maps, seen = ClassMapMemory(n, (2, d), keep), torch.zeros(n, 2, d), torch.zeros(n, dtype=torch.bool)
     for half in (slice(0, len(y) // 2), slice(len(y) // 2, None)):
-        mem.update(y[half], f[half])
+        mem.update(f[half], y[half])
         for i, x in zip(y[half].tolist(), f[half]):
             if i < 0: continue
             maps[i] = keep * maps[i] + (1 - keep) * x if seen[i] else x
@@ -108,7 +108,7 @@ def test_class_maps(case, keep):
 def test_hybrid_is_the_mean_of_similarities(case, tau):
     features, y, _ = case
     mem = HybridMemory(len(y), features.shape[1])
-    mem.rebuild(y, features)
+    mem.rebuild(features, y)
     n = int(y.max()) + 1
     assert torch.equal(mem.labels[y >= 0], y[y >= 0])
     assert mem.labels[y < 0].tolist() == list(range(n, n + int((y < 0).sum())))
@@ -119,6 +119,27 @@ def test_hybrid_is_the_mean_of_similarities(case, tau):
     close(f @ mem.centroids().T / tau, want, 1e-4)
     x = f.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: mem.class_logits(x, tau), x)
+    mem.to(torch.float16)
+    assert torch.equal(mem.labels[mem.order], mem.labels.sort().values) and torch.equal(mem.counts, mem.labels.bincount())
+
+
+def test_a_refused_rebuild_changes_nothing():
+    mem = HybridMemory(4, 2)
+    mem.rebuild(torch.randn(4, 2), torch.tensor([0, 0, -1, 1]))
+    before = copy.deepcopy(mem.state_dict())
+    for f, y in ((4, [0, 0, 2, 2]), (4, [-2, 0, 0, 0]), (3, [0, 0, 0, 0]), (4, [0, 0, 0])):
+        with pytest.raises(ValueError): mem.rebuild(torch.randn(f, 2), torch.tensor(y))
+    with pytest.raises(ValueError, match='not finite'): mem.rebuild(torch.full((4, 2), float('nan')), torch.zeros(4).long())
+    assert same(mem.state_dict(), before)
+
+
+def test_features_come_first_and_keep_has_a_name():
+    f, y = torch.randn(2, 4), torch.tensor([0, 1])
+    for k, mem in every_memory().items():
+        ids = (y, y) if k == 'camera' else (y,)
+        with pytest.raises(ValueError): mem.update(*ids, f)
+        with pytest.raises(TypeError): mem.update(f, *ids, .2)
+    assert EMATeacher(nn.Linear(1, 1), keep=.5).keep == ema_rate(0, keep=.5, rampup=False) == .5
 
 
 @fuzz
@@ -141,9 +162,9 @@ def test_proxies(case, normalise, keep, seed):
     other = CameraProxyMemory(f.shape[1], normalise)
     other.rebuild(f[p], y[p].numpy(), cams[p].tolist())   # arrays and lists are welcome
     close(other.proxies, camera.proxies)
-    want = [slow_update(m.proxies, i, f, keep, normalise) for m, i in ((cluster, y), (camera, torch.tensor(rows)))]
-    cluster.update(f, y, keep)
-    camera.update(f, y, cams, keep)
+    want = [slow_update(m.proxies, f, i, keep, normalise) for m, i in ((cluster, y), (camera, torch.tensor(rows)))]
+    cluster.update(f, y, keep=keep)
+    camera.update(f, y, cams, keep=keep)
     close(cluster.proxies, want[0], 1e-3)
     close(camera.proxies, want[1], 1e-3)
 
@@ -152,9 +173,9 @@ def every_memory():
     f, y, c = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, -1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
     m = nn.ModuleDict(dict(maps=ClassMapMemory(3, (4,)), exemplar=ExemplarMemory(6, 4), hybrid=HybridMemory(6, 4),
                            cluster=ClusterProxyMemory(4), camera=CameraProxyMemory(4)))
-    m['maps'].update(y, f)
+    m['maps'].update(f, y)
     m['exemplar'].fill(f)
-    m['hybrid'].rebuild(y, f)
+    m['hybrid'].rebuild(f, y)
     m['cluster'].rebuild(f, y)
     m['camera'].rebuild(f, y, c)
     return m
@@ -173,7 +194,7 @@ def test_rules():
     small.load_state_dict(m.state_dict())
     assert same(small.state_dict(), before)
     f, y, c = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, -1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
-    for k, args in dict(maps=(y, f), exemplar=(y, f), hybrid=(y, f), cluster=(f, y), camera=(f, y, c)).items():
+    for k, args in dict(maps=(f, y), exemplar=(f, y), hybrid=(f, y), cluster=(f, y), camera=(f, y, c)).items():
         for mem in (m[k], small[k]): mem.update(*(a.half() if a.is_floating_point() else a for a in args))
     assert same(small.state_dict(), m.state_dict()) and not same(m.state_dict(), before)
     assert m['cluster'].proxies.dtype == torch.float32
@@ -189,15 +210,15 @@ def test_doors(bad):
     m, f, y = every_memory(), torch.randn(2, 4), torch.tensor([0, 1])
     before = copy.deepcopy(m.state_dict())
     f[1, 2] = bad
-    calls = [lambda: m['maps'].update(y, f), lambda: m['exemplar'].update(y, f), lambda: m['exemplar'].fill(f),
-             lambda: m['hybrid'].update(y, f), lambda: m['cluster'].update(f, y), lambda: m['cluster'].rebuild(f, y),
+    calls = [lambda: m['maps'].update(f, y), lambda: m['exemplar'].update(f, y), lambda: m['exemplar'].fill(f),
+             lambda: m['hybrid'].update(f, y), lambda: m['cluster'].update(f, y), lambda: m['cluster'].rebuild(f, y),
              lambda: m['camera'].update(f, y, y), lambda: m['camera'].rebuild(f, y, y)]
     for call in calls:
         with pytest.raises(ValueError, match='1 of 2 features are not finite, the first in row 1'): call()
     f = torch.randn(2, 4)
     for what, y2, call in [
-            ('class 9', [0, 9], lambda y: m['maps'].update(y, f)),
-            ('image 6', [6, 0], lambda y: m['hybrid'].update(y, f)),
+            ('class 9', [0, 9], lambda y: m['maps'].update(f, y)),
+            ('image 6', [6, 0], lambda y: m['hybrid'].update(f, y)),
             ('cluster 3', [0, 3], lambda y: m['cluster'].update(f, y)),
             ('cluster -2', [0, -2], lambda y: m['camera'].update(f, y, y)),
             ('label -2', [-2, 0], lambda y: m['cluster'].rebuild(f, y)),
@@ -205,8 +226,8 @@ def test_doors(bad):
             ('label 0 of 0..1', [1, 1], lambda y: m['cluster'].rebuild(f, y)),
             ('features for labels', [1], lambda y: m['cluster'].update(f, y))]:
         with pytest.raises(ValueError, match=what): call(torch.tensor(y2))
-    for call in (lambda: m['exemplar'].update(y, f[:, :3]), lambda: m['cluster'].rebuild(f[0], y[0]),
-                 lambda: m['maps'].update(y, f[None])):
+    for call in (lambda: m['exemplar'].update(f[:, :3], y), lambda: m['cluster'].rebuild(f[0], y[0]),
+                 lambda: m['maps'].update(f[None], y)):
         with pytest.raises(ValueError, match='do not fit rows of shape'): call()
     with pytest.raises(ValueError, match='not integers'): m['cluster'].update(f, y.float())
     for build in (lambda: ClassMapMemory(0, (4,)), lambda: ExemplarMemory(0, 4),
@@ -257,24 +278,24 @@ def small_net(d, k): return nn.Sequential(nn.Linear(d, 4), nn.BatchNorm1d(4), nn
 @fuzz
 @given(st.integers(1, 4), st.integers(1, 8), st.sampled_from([0., .5, .999, 1.]), st.booleans(),
        st.sampled_from(['own', 'copy', 'ema']), st.integers(0, 99))
-def test_teacher_is_the_loop(d, steps, alpha, rampup, buffers, seed):
+def test_teacher_is_the_loop(d, steps, keep, rampup, buffers, seed):
     torch.manual_seed(seed)
     student = small_net(d, 3)
-    teacher = EMATeacher(student, alpha, rampup, buffers)
+    teacher = EMATeacher(student, keep=keep, rampup=rampup, buffers=buffers)
     want = {k: v.clone().double() for k, v in student.state_dict().items()}
     for t in range(steps):
         with torch.no_grad():
             for p in student.parameters(): p.add_(torch.randn_like(p))
             student(torch.randn(5, d))
-        a = min(1 - 1 / (t + 1), alpha) if rampup else alpha
-        assert teacher.update(student) == ema_rate(t, alpha, rampup) == a
+        a = min(1 - 1 / (t + 1), keep) if rampup else keep
+        assert teacher.update(student) == ema_rate(t, keep, rampup) == a
         for k, v in student.state_dict().items():
             if not k.startswith('1.') or k in ('1.weight', '1.bias') or buffers == 'ema' and v.is_floating_point():
                 want[k] = a * want[k] + (1 - a) * v
             elif buffers != 'own': want[k] = v
     for k, v in teacher.net.state_dict().items(): close(v.double(), want[k].double())
     assert int(teacher.t) == steps and all(p.grad is None for p in teacher.parameters())
-    if rampup and alpha >= .5 and steps == 1: assert teacher.distance(student) == 0
+    if rampup and keep >= .5 and steps == 1: assert teacher.distance(student) == 0
 
 
 def test_teacher_and_wrapped_students():
@@ -282,7 +303,7 @@ def test_teacher_and_wrapped_students():
     student = small_net(3, 2)
     inner = student.forward
     student.forward = lambda x: inner(x) + 0
-    teacher = EMATeacher(student, rampup=False, alpha=.5)
+    teacher = EMATeacher(student, keep=.5, rampup=False)
     x = torch.randn(4, 3)
     old = teacher(x)
     with torch.no_grad(): student[2].weight.zero_()
@@ -323,7 +344,7 @@ def test_teacher_modes_and_conversion():
 def test_no_numpy_labels_are_lost():
     "Labels as scikit-learn gives them"
     mem = HybridMemory(4, 2)
-    mem.rebuild(np.array([0, 0, -1, 1]), np.eye(4)[:, :2])
+    mem.rebuild(np.eye(4)[:, :2], np.array([0, 0, -1, 1]))
     assert mem.labels.tolist() == [0, 0, 2, 1] and mem.rows.dtype == torch.float32
 
 

@@ -265,4 +265,4 @@ def update(self:ClassMemoryLoss,
     y:Tensor, # Person of each, int64 `(B,)`; -1 is skipped
 )->None: # Nothing; the last feature of a person wins
     "Write the features of a batch into the memory, after the loss"
-    self.memory.update(y, f)
+    self.memory.update(f, y)

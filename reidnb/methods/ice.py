@@ -119,7 +119,7 @@ class ICE(Method):
     ):
         super().__init__(settings, crops)
         s, net = settings, Encoder(self.new_backbone(), pooling=settings.pooling)
-        self.momentum = EMATeacher(net, s.keep, rampup=False, buffers=s.statistics)
+        self.momentum = EMATeacher(net, keep=s.keep, rampup=False, buffers=s.statistics)
         if crops is None: return
         if not len(crops): raise ValueError(f'{crops.name!r} has no crops to learn from')
         if s.truth and not crops.labelled:

@@ -97,14 +97,14 @@ class SpCL(Method):
         "Contrast a batch with clusters and single crops of the memory"
         s, f = self.settings, F.normalize(self.encoder(batch.images)[1].float(), dim=1)
         batch.kept['features'] = f.detach()
-        return {'hybrid': hybrid_loss(gather(f), self.memory.rows, self.labels, gather(batch.index),
+        return {'hybrid': hybrid_loss(gather(f), self.memory, gather(batch.index),
                                       temperature=s.temperature, eps=s.guard)}
 
     def after_batch(self,
         batch:Batch, # The batch that was stepped on, with what `loss` kept
     )->None: # Nothing
         "Move the rows of the batch in the memory towards its features"
-        self.memory.update(batch.index, batch.kept['features'], self.settings.keep)
+        self.memory.update(batch.kept['features'], batch.index, keep=self.settings.keep)
 
 # %% ../../nbs/methods/75_proxies.ipynb #af36f717
 @patch
@@ -120,7 +120,7 @@ def epoch(self:SpCL,
                           use=self.paced)
     found.seconds.update(seconds)
     self.labels.copy_(found.labels)
-    self.memory.rebuild(self.labels)
+    self.memory.rebuild(None, self.labels)
     loader = self.loader(_sampler(s, self.memory.labels, self.crops), self.transform)
     yield from labelled_epoch(self, found, start, self.batches(loader, n))
 
@@ -208,7 +208,7 @@ class CAP(Method):
     )->None: # Nothing
         "Move the proxies of the batch towards its features"
         y, cams = self.labels[batch.index], self.cams[batch.index]
-        self.memory.update(batch.kept['features'], y, cams, self.settings.keep)
+        self.memory.update(batch.kept['features'], y, cams, keep=self.settings.keep)
 
 # %% ../../nbs/methods/75_proxies.ipynb #9aa5b9b3
 @patch

@@ -230,7 +230,7 @@ def after_batch(self:QAConv,
 )->None: # Nothing; the memory holds the new maps
     "Write the maps of the step into the memory (QAConv section 3.3)"
     if self.terms[0]!='triplet':
-        self.memory.update(batch.kept['labels'], batch.kept['maps'])
+        self.memory.update(batch.kept['maps'], batch.kept['labels'])
         self.facts = dict(classes_seen=int(self.memory.seen.sum()))
 
 # %% ../../nbs/methods/20_qaconv.ipynb #179f23dd

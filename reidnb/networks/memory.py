@@ -70,7 +70,7 @@ def _occurrence(i):
     return nth
 
 @torch.no_grad()
-def _update(rows, i, f, keep, unit):
+def _update(rows, f, i, keep, unit):
     "rows[i] <- keep*rows[i] + (1-keep)*f, one sample after the other; -1 is skipped"
     if not 0<=keep<=1: raise ValueError(f'keep rate {keep} is outside [0,1]')
     i, f = i[i>=0], f[i>=0]
@@ -81,12 +81,10 @@ def _update(rows, i, f, keep, unit):
         new = torch.lerp(f[j], rows[i[j]], keep) if keep else f[j]
         rows.index_copy_(0, i[j], F.normalize(new, dim=1) if unit else new)
 
-def _logits(f, rows, temperature):
+def _scaled(f, temperature):
+    "Features over the temperature, in float32 unless they are float64"
     if temperature<=0: raise ValueError(f'temperature {temperature} is not positive')
-    _not_empty(rows)
-    with torch.autocast(f.device.type, enabled=False):
-        f = f if f.dtype==torch.float64 else f.float()
-        return (f/temperature)@rows.to(f.dtype).T
+    return (f if f.dtype==torch.float64 else f.float())/temperature
 
 # %% ../../nbs/networks/40_memory.ipynb #10c37a17
 class ClassMapMemory(Memory):
@@ -103,15 +101,15 @@ class ClassMapMemory(Memory):
         self.register_buffer('seen', torch.zeros(n_classes, dtype=torch.bool))
 
     def update(self,
-        y:Tensor, # Classes, int64 `(B,)`; -1 is skipped
         maps:Tensor, # Feature maps, `(B,*shape)`
+        y:Tensor, # Class of each, int64 `(B,)`; -1 is skipped
     )->None: # Nothing; the last map of a class wins
         "Write the maps of a batch, after the loss"
         f, y = _batch(self.maps, maps, y)
         _in_range(y, len(self.maps), 'class')
         first = (y>=0) & (_occurrence(y)==0) & ~self.seen[y]
         self.maps.index_copy_(0, y[first], f[first])
-        _update(self.maps, y, f, self.keep, False)
+        _update(self.maps, f, y, self.keep, False)
         self.seen[y[y>=0]] = True
 
 # %% ../../nbs/networks/40_memory.ipynb #8b847226
@@ -128,14 +126,15 @@ class ExemplarMemory(Memory):
         self.register_buffer('rows', torch.zeros(n, dim, dtype=torch.float32))
 
     def update(self,
-        index:Tensor, # Rows to update, int64 `(B,)`; -1 is skipped
         f:Tensor, # Features, `(B,D)`, used as they are: give unit vectors unless the method says otherwise
+        index:Tensor, # Row of each, int64 `(B,)`; -1 is skipped
+        *,
         keep:float=.2, # Keep rate in `[0,1]`
     )->None: # Nothing
         "Move rows towards the features of a batch, one sample after the other (ECN eq. 2; thesis eq. 5.5)"
         f, index = _batch(self.rows, f, index)
         _in_range(index, len(self.rows), 'image')
-        _update(self.rows, index, f, keep, self.unit)
+        _update(self.rows, f, index, keep, self.unit)
 
     def fill(self,
         features:Tensor, # Features of all images, row by row, `(N,D)`; the same in every process
@@ -146,18 +145,22 @@ class ExemplarMemory(Memory):
         if not len(f): raise ValueError('a memory of 0 images')
         self.rows = (F.normalize(f, dim=1) if self.unit else f.clone()).to(self.rows.device)
 
-    def logits(self,
-        f:Tensor, # Features, `(B,D)`
-        temperature:float=.05, # Divides the similarity
-    )->Tensor: # `(B,N)`, float32 under autocast too; a gradient flows to `f` alone
-        "Similarity of a batch to every row (ECN eq. 3)"
-        return _logits(f, self.rows, temperature)
-
     @property
     def seen(self
     )->Tensor: # Bool `(N,)`
         "Rows that hold a feature already: not all zeros"
         return self.rows.any(1)
+
+# %% ../../nbs/networks/40_memory.ipynb #4e90e343
+@patch
+def logits(self:ExemplarMemory,
+    f:Tensor, # Features, `(B,D)`
+    temperature:float=.05, # Divides the similarity
+)->Tensor: # `(B,N)`, float32 under autocast too; a gradient flows to `f` alone
+    "Similarity of a batch to every row, before the softmax"
+    with torch.autocast(f.device.type, enabled=False):
+        f = _scaled(f, temperature)
+        return f@self.rows.to(f.dtype).T
 
 # %% ../../nbs/networks/40_memory.ipynb #3975b274
 def keep_schedule(
@@ -170,13 +173,14 @@ def keep_schedule(
     return min(rate*epoch, most)
 
 # %% ../../nbs/networks/40_memory.ipynb #6d229235
-def _cluster_mean(f, y, n):
-    "Mean of the rows of each class 0..n-1, `(n,D)`; rows of class -1 are left out"
-    out = f.new_zeros(n, f.shape[1])
-    if (y<0).any(): f, y = f[y>=0], y[y>=0]
-    if f.is_cuda: out.index_put_((y,), f, accumulate=True)   # sorts: the same sum in every process
-    else: out.index_add_(0, y, f)
-    return out.div_(y.bincount(minlength=n)[:,None])
+def _by_class(y, n):
+    "Rows of the classes 0..n-1, class after class, and how many each has; rows of class -1 are left out"
+    counts = y[y>=0].bincount(minlength=n)
+    return y.argsort(stable=True)[int((y<0).sum()):], counts
+
+def _class_mean(x, order, counts):
+    "Mean of the rows of each class, `(K,D)`; no atomic sums: the same in every process"
+    return F.embedding_bag(order, x, counts.cumsum(0)-counts, mode='sum').div_(counts[:,None])
 
 def _n_clusters(y):
     "Number of clusters of labels that must be 0..n-1 without a gap, -1 for outliers"
@@ -198,32 +202,49 @@ class HybridMemory(ExemplarMemory):
     ):
         super().__init__(n, dim, unit)
         self.register_buffer('labels', torch.arange(n))
+        for name in ('order', 'counts'): self.register_buffer(name, None, persistent=False)
+        self._sort()
+
+    def _sort(self): self.order, self.counts = _by_class(self.labels, int(self.labels.max())+1)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._sort()
 
     def rebuild(self,
+        features:Tensor|None, # Features of all images, `(N,D)`; None: keep the rows
         labels:Tensor, # Cluster of each image, `(N,)`; -1: outlier, which becomes a class of its own
-        features:Tensor|None=None, # Features of all images, `(N,D)`; None: keep the rows
     )->None: # Nothing; `labels` becomes the class of each image, clusters first
-        "Take the clusters of an epoch; the rows survive"
-        if features is not None: self.fill(features)
-        _, y = _rows_of(self.rows, self.rows.shape[1:], labels)
+        "Take the clusters of an epoch; rows that are not given survive"
+        _, y = _rows_of(self.rows if features is None else features, self.rows.shape[1:], labels)
         y = y.to(self.rows.device)
         n = _n_clusters(y) if (y!=-1).any() else 0   # outliers alone are classes too
+        if features is not None: self.fill(features)
         alone = y<0
         self.labels = torch.where(alone, n-1+alone.cumsum(0), y)
+        self._sort()
 
-    def centroids(self)->Tensor: # Mean row of each class, `(K,D)`, not made unit
-        "The classes as rows: clusters, then outliers in the order of the images"
-        return _cluster_mean(self.rows, self.labels, int(self.labels.max())+1)
+# %% ../../nbs/networks/40_memory.ipynb #2e23f912
+@patch
+def centroids(self:HybridMemory
+)->Tensor: # Mean row of each class, `(K,D)`, not made unit
+    "The classes as rows: clusters, then outliers in the order of the images"
+    return _class_mean(self.rows, self.order, self.counts)
 
-    def class_logits(self,
-        f:Tensor, # Features, `(B,D)`
-        temperature:float=.05, # Divides the similarity
-    )->Tensor: # `(B,K)`; the class of image i is `labels[i]`
-        "Mean similarity of a batch to the rows of each class"
-        y, n = self.labels, int(self.labels.max())+1
-        if f.is_cuda or 2*n<len(y): return _logits(f, self.centroids(), temperature)
-        z = _logits(f, self.rows, temperature)   # mostly outliers: average logits, not rows
-        return z.new_zeros(len(z), n).index_add(1, y, z)/y.bincount()
+@patch
+def class_logits(self:HybridMemory,
+    f:Tensor, # Features, `(B,D)`
+    temperature:float=.05, # Divides the similarity
+)->Tensor: # `(B,K)`; the class of image i is `labels[i]`. A gradient flows to `f` alone
+    "Mean similarity of a batch to the rows of each class"
+    n, c = len(self.rows), self.counts
+    if n!=len(self.labels): raise ValueError(f'{n} rows, {len(self.labels)} labels: call rebuild after fill')
+    with torch.autocast(f.device.type, enabled=False):
+        f = _scaled(f, temperature)
+        rows = self.rows.to(f.dtype)
+        if 2*len(c)<=n: z = _class_mean(rows, self.order, c)@f.T
+        else: z = f.new_zeros(len(c), len(f)).index_add_(0, self.labels, rows@f.T).div_(c[:,None])
+        return z.T
 
 # %% ../../nbs/networks/40_memory.ipynb #83d6dba9
 class ClusterProxyMemory(Memory):
@@ -245,18 +266,19 @@ class ClusterProxyMemory(Memory):
         y = y.to(f.device)
         n = _n_clusters(y)
         _finite(f)
-        p = _cluster_mean(f, y, n)
+        p = _class_mean(f, *_by_class(y, n))
         self.proxies = (F.normalize(p, dim=1) if self.normalise else p).to(self.proxies.device)
 
     def update(self,
         f:Tensor, # Features, `(B,D)`
         y:Tensor, # Cluster of each, int64 `(B,)`; -1 is skipped
+        *,
         keep:float=.2, # Keep rate in `[0,1]`
     )->None: # Nothing
         "Move proxies towards the features of a batch, one sample after the other"
         f, y = _batch(self.proxies, f, y)
         _in_range(y, len(self.proxies), 'cluster')
-        _update(self.proxies, y, f, keep, self.normalise)
+        _update(self.proxies, f, y, keep, self.normalise)
 
 # %% ../../nbs/networks/40_memory.ipynb #b4f6f0a4
 class CameraProxyMemory(Memory):
@@ -283,7 +305,7 @@ class CameraProxyMemory(Memory):
         if unknown: raise ValueError(f'image {unknown[0]} has no camera ({int(c[unknown[0]])}); '
                                      'give cameras, or use ClusterProxyMemory')
         pairs, row = torch.stack([y, c], 1)[y>=0].unique(dim=0, return_inverse=True)
-        p = _cluster_mean(f[y>=0], row, len(pairs))
+        p = _class_mean(f[y>=0], *_by_class(row, len(pairs)))
         p = F.normalize(p, dim=1) if self.normalise else p
         p, y, c = (x.contiguous().to(self.proxies.device) for x in (p, *pairs.T))
         self.proxies, self.labels, self.cams = p, y, c
@@ -304,6 +326,7 @@ def update(self:CameraProxyMemory,
     f:Tensor, # Features, `(B,D)`
     y:Tensor, # Cluster of each, int64 `(B,)`; -1 is skipped
     cams:Tensor, # Camera of each, int64 `(B,)`
+    *,
     keep:float=.2, # Keep rate in `[0,1]`
 )->None: # Nothing
     "Move proxies towards the features of a batch, one sample after the other (CAP)"
@@ -313,4 +336,4 @@ def update(self:CameraProxyMemory,
     lost = ((y>=0)&(row<0)).nonzero()[:,0].tolist()
     if lost: raise ValueError(f'cluster {int(y[lost[0]])} has no proxy in camera {int(cams[lost[0]])}; '
                               'rebuild from the images that are trained on')
-    _update(self.proxies, torch.where(y>=0, row, -1), f, keep, self.normalise)
+    _update(self.proxies, f, torch.where(y>=0, row, -1), keep, self.normalise)

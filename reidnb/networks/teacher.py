@@ -15,12 +15,12 @@ from torch import nn
 # %% ../../nbs/networks/44_teacher.ipynb #7d2cd01f
 def ema_rate(
     t:int, # Updates done so far, from 0
-    alpha:float=.999, # Largest weight of the old teacher, in `[0,1]`
-    rampup:bool=True, # Grow from 0 as the plain average does; False: `alpha` from the start
+    keep:float=.999, # Largest keep rate $\alpha$, in `[0,1]`
+    rampup:bool=True, # Grow from 0 as the plain average does; False: `keep` from the start
 )->float: # Weight of the old teacher at this update, in `[0,1]`
     "Keep rate of a teacher at update t (thesis eqs. 4.3, 6.2)"
-    if t<0 or not 0<=alpha<=1: raise ValueError(f't={t} must be at least 0 and alpha={alpha} in [0,1]')
-    return min(1-1/(t+1), alpha) if rampup else alpha
+    if t<0 or not 0<=keep<=1: raise ValueError(f't={t} must be at least 0 and keep={keep} in [0,1]')
+    return min(1-1/(t+1), keep) if rampup else keep
 
 # %% ../../nbs/networks/44_teacher.ipynb #b069dbf0
 def _bare(net):
@@ -50,15 +50,15 @@ class EMATeacher(nn.Module):
     "A network that follows a student by exponential averaging (thesis eqs. 4.3, 6.2)"
     def __init__(self,
         student:nn.Module, # Network to copy and follow
-        alpha:float=.999, # Keep rate, in `[0,1]`
-        rampup:bool=True, # First update copies, then the rate grows to `alpha`; False: constant
+        keep:float=.999, # Keep rate $\alpha$: weight of the old teacher, in `[0,1]`
+        rampup:bool=True, # First update copies, then the rate grows to `keep`; False: constant
         buffers:str='own', # Batch-norm statistics: 'own', 'copy' or 'ema'
     ):
         super().__init__()
         if buffers not in ('own', 'copy', 'ema'):
             raise ValueError(f'buffers {buffers!r} is none of own, copy, ema')
-        ema_rate(0, alpha, rampup)
-        self.alpha, self.rampup, self.statistics = alpha, rampup, buffers
+        ema_rate(0, keep, rampup)
+        self.keep, self.rampup, self.statistics = keep, rampup, buffers
         self.net = _twin(_bare(student))
         self.train(self.net.training)
         self.register_buffer('t', torch.zeros((), dtype=torch.int64))
@@ -71,7 +71,7 @@ class EMATeacher(nn.Module):
         student:nn.Module, # The network followed, after its optimiser step
     )->float: # The keep rate used
         "Move the teacher towards the student by one step, and count it"
-        student, a = _bare(student), ema_rate(int(self.t), self.alpha, self.rampup)
+        student, a = _bare(student), ema_rate(int(self.t), self.keep, self.rampup)
         old, new = _pairs(self.net.named_parameters(), student.named_parameters())
         if self.statistics!='own':
             for x,y in zip(*_pairs(self.net.named_buffers(), student.named_buffers())):
