@@ -375,7 +375,7 @@ def test_masked_statistics_change_nothing_once_every_class_is_seen():
     x, loss = maps(8, shape=(16, 8, 4))[0], {}
     for k in ('seen', 'all'):
         m = method(masked_statistics=k)
-        m.memory.update(torch.arange(8), x)
+        m.memory.update(x, torch.arange(8))
         loss[k] = m.against_memory(x.flip(1), torch.arange(8)).item()
     assert loss['seen'] == loss['all'] > 0
 

@@ -181,7 +181,7 @@ def _box(x, r, w, v, c, step): # One pass of eq. 1 over flat images, int32 `(B,M
     k, m = (r+1)*step, x.shape[1]
     mid = x[:, k:m-k]
     for j in range(step, k, step): mid = mid+x[:, k-j:m-k-j]+x[:, k+j:m-k+j]
-    s = (x[:, :m-2*k]+x[:, 2*k:]).mul_(v).addcmul_(mid, w).add_(c)
+    s = torch.addcmul(c, mid, w).addcmul_(x[:, :m-2*k]+x[:, 2*k:], v)
     torch.bitwise_right_shift(s, 24, out=x[:, k:m-k])
 
 def _blur_alike(x, r, w, v): # Images uint8 `(B,3,H,W)` with one `r`; `w`, `v` int32 `(B,1)`
@@ -236,7 +236,8 @@ class BatchAugment:
         transform, # A pipeline, or `Views` of some, that has a batch form, see `batch_form`
     ):
         self.size, self.many = resize_of(transform), isinstance(transform, Views)
-        self.programs = [_program(t, self.size) for t in _views(transform)] if self.size else [None]
+        self.views = _views(transform)
+        self.programs = [_program(t, self.size) for t in self.views] if self.size else [None]
         if None in self.programs: raise ValueError(f'no batch form of {transform}: a step has none, or '
                                                    f'it does not begin with a bicubic resize')
 
@@ -250,8 +251,13 @@ class BatchAugment:
         keys = [[(i, k) for i in items] if any(draw for draw,_ in p) else []
                 for k,p in enumerate(self.programs)]
         states = hash_keys([key for view in keys for key in view])
-        parts = [[states.pop(0) for _ in view] for view in keys]
-        return tuple(_augment(p, pixels, s, g) for p,s in zip(self.programs, parts))
+        states, made = iter(states), {}
+        parts = [[next(states) for _ in view] for view in keys]
+        for t in dict.fromkeys(self.views):   # views of one transform are made together
+            at = [k for k,v in enumerate(self.views) if v is t]
+            x = _augment(self.programs[at[0]], pixels.repeat(len(at), 1, 1, 1), sum((parts[k] for k in at), []), g)
+            made |= zip(at, x.split(len(pixels)))
+        return tuple(made[k] for k in range(len(self.views)))
 
 def _augment(program, pixels, states, g): # Draw crop by crop, then change the batch step by step
     drawn = [[] for _ in program]
