@@ -255,7 +255,8 @@ class BatchAugment:
         parts = [[next(states) for _ in view] for view in keys]
         for t in dict.fromkeys(self.views):   # views of one transform are made together
             at = [k for k,v in enumerate(self.views) if v is t]
-            x = _augment(self.programs[at[0]], pixels.repeat(len(at), 1, 1, 1), sum((parts[k] for k in at), []), g)
+            state = [s for k in at for s in parts[k]]
+            x = _augment(self.programs[at[0]], pixels.repeat(len(at), 1, 1, 1), state, g)
             made |= zip(at, x.split(len(pixels)))
         return tuple(made[k] for k in range(len(self.views)))
 
