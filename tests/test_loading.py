@@ -20,7 +20,7 @@ from reidnb.data.crops import Crops
 from reidnb.data.items import CropDataset, hash_keys, item_state, item_states, Row
 from reidnb.data.samplers import PKSampler, ShuffleSampler
 from reidnb.data.toys import toy_crops
-from reidnb.data.transforms import (Cutout, GaussianBlur, method_transform, pipeline, PIPELINES, RandomErasing, test_transform as
+from reidnb.data.transforms import (Cutout, method_transform, pipeline, PIPELINES, RandomErasing, test_transform as
     plain_transform, train_transform, Views)
 from reidnb.methods.registry import recipe
 from reidnb.training.loop import fit

@@ -35,7 +35,6 @@ from reidnb.training.scoring import compare_pooling, embed_tracklets, rank, scor
 from reidnb.core.checkpoints import seed_everything
 from reidnb.training.loop import fit
 from reidnb.training.models import load_model, save_model
-from reidnb.training.scoring import score
 from reidnb.world.sites import make_site
 
 QUICK = dict(backbone='small', weights='none', height=48, width=24, p=4, k=2, epochs=4, steps=(3,), lr=1e-3)

@@ -181,7 +181,7 @@ def _box(x, r, w, v, c, step): # One pass of eq. 1 over flat images, int32 `(B,M
     k, m = (r+1)*step, x.shape[1]
     mid = x[:, k:m-k]
     for j in range(step, k, step): mid = mid+x[:, k-j:m-k-j]+x[:, k+j:m-k+j]
-    s = torch.addcmul(c, mid, w).addcmul_(x[:, :m-2*k]+x[:, 2*k:], v)
+    s = (x[:, :m-2*k]+x[:, 2*k:]).mul_(v).addcmul_(mid, w).add_(c)
     torch.bitwise_right_shift(s, 24, out=x[:, k:m-k])
 
 def _blur_alike(x, r, w, v): # Images uint8 `(B,3,H,W)` with one `r`; `w`, `v` int32 `(B,1)`
