@@ -188,13 +188,13 @@ def _blur_alike(x, r, w, v): # Images uint8 `(B,3,H,W)` with one `r`; `w`, `v` i
     n, c = r+1, 2**23-128*(2**24-(2*r+1)*w-2*v)
     y = torch.empty(*x.shape[:2], x.shape[2]+2*n, x.shape[3]+2*n, dtype=torch.int32)
     inside = y[:, :, n:-n, n:-n]
-    inside.copy_(x).sub_(128)
+    inside.copy_((x^128).view(torch.int8))   # minus 128
     for axis,step in ((3, 1), (2, y.shape[3])):
         for _ in range(3):
             for k in range(n): # repeat the border
                 y.select(axis, k).copy_(y.select(axis, n)); y.select(axis, -1-k).copy_(y.select(axis, -1-n))
             _box(y.flatten(1), r, w, v, c, step)
-    return inside.add(128).byte()
+    return inside.to(torch.int8).view(torch.uint8)^128
 
 def blur_batch(
     x:Tensor, # Pixels, uint8 `(B,3,H,W)`, changed in place
