@@ -15,7 +15,7 @@ from children import STILL, agree, finish, keep_gradient, plain, same, smooth, s
 from reidnb.core.precision import safe_bf16
 from reidnb.data.crops import ReIDData
 from reidnb.data.toys import toy_crops
-from reidnb.data.transforms import IMAGENET_MEAN, IMAGENET_STD, test_transform as plain_pixels
+from reidnb.data.transforms import test_transform as plain_pixels
 from reidnb.networks.extraction import extract
 from reidnb.ranking.matching import best_matches, global_feature
 from reidnb.methods.qaconv import (
@@ -515,27 +515,20 @@ def test_size_of_the_map(cut, stride, size):
 
 
 @pytest.mark.parametrize('normalise', [False, True])
-def test_one_layer_decides_what_the_backbone_reads(normalise, monkeypatch):
-    "Loader and `extract` give the same normalised crops either way; the published network reads pixels in [0,1]"
+def test_pixels_are_normalised_in_one_place(normalise):
+    "Loader and `extract` give what the backbone reads: normalised crops, or the published network's pixels in [0,1]"
     m, crops = method(normalise=normalise, occlusion='none'), toy()
-    read, seen, given = plain_pixels(64, 32, mean=None), [], []
+    read, seen, given = plain_pixels(64, 32, **({} if normalise else dict(mean=None))), [], []
     m.encoder.backbone.register_forward_pre_hook(lambda net, a: seen.append(a[0]))
     m.encoder.register_forward_pre_hook(lambda net, a: given.append(a[0]))
     batch, = first_batches(m)
-    m(batch), extract(m, crops, height=64, width=32)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    raw = torch.stack([read(crops.image(i)) for i in batch.index.tolist()])
-    flat = [x.mean((2, 3)) for x in ((raw - mean) / std, given[0], raw, seen[0])]     # a flip may be among them
-    assert torch.allclose(flat[1], flat[0], atol=1e-4) and torch.allclose(flat[3], flat[0 if normalise else 2], atol=1e-4)
-    raw = torch.stack([read(crops.image(i)) for i in range(len(crops))])
-    assert torch.allclose(given[1], (raw - mean) / std, atol=1e-5)
-    assert torch.allclose(seen[1], given[1] if normalise else raw, atol=1e-5)
-
-
-def test_the_pixel_layer_has_no_weights():
-    "Files written before it existed hold all that is needed"
-    a, b = (method(normalise=k).state_dict() for k in (False, True))
-    assert a.keys() == b.keys() and not any('pixels' in k for k in a)
+    m(batch), m.extract(crops)
+    assert all(a is b for a, b in zip(seen, given))   # nothing stands between
+    want = torch.stack([read(crops.image(i)) for i in batch.index.tolist()])
+    assert torch.allclose(given[0].mean((2, 3)), want.mean((2, 3)), atol=1e-4)     # a flip may be among them
+    assert torch.allclose(given[1], torch.stack([read(crops.image(i)) for i in range(len(crops))]), atol=1e-5)
+    assert (given[1].min() < 0) == normalise
+    assert not any('pixels' in k for k in m.state_dict())
 
 
 def test_the_model_file_holds_no_memory(tmp_path):

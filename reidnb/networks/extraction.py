@@ -76,7 +76,7 @@ def extract(
     workers:int=0, # Processes that decode images; 0: this one
     flip:bool=False, # Add the mirror image (eq. 1)
     progress:bool=False, # Show a progress bar
-    transform=None, # PIL image -> tensor; None: `test_transform(height, width)`
+    transform=None, # PIL image -> tensor; None: `test_transform`, normalised as the encoder says
     dtype:torch.dtype|None=None, # How the features are kept; None: `encoder.feature_dtype`, else float32
 )->Tensor: # Features in the order of the table, on the CPU, `(N,D)`
     "Features of a table of crops"
@@ -86,7 +86,8 @@ def extract(
     if device is not None and isinstance(encoder, nn.Module): encoder.to(device)
     first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
     at = first.device if first is not None else device or 'cpu'
-    data = CropDataset(crops, transform or test_transform(height, width))
+    pixels = {} if getattr(encoder, 'normalised', True) else dict(mean=None)
+    data = CropDataset(crops, transform or test_transform(height, width, **pixels))
     loader, out = DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator()), []
     with _eval_mode(encoder), safe_bf16(at):
         for images,rows in tqdm(loader, desc=f'features of {crops.name}', disable=not progress):

@@ -354,31 +354,31 @@ def plot_lift(
 ): # The matplotlib figure
     "Draw a lifted match on the time axes of its two cameras"
     from matplotlib.patches import ConnectionPatch
-    from reidnb.core.figures import picture
+    from reidnb.core.figures import BLUE, GREEN, GREY, INK, OPEN, PURPLE, RED, YELLOW, picture
     (qt, gt), (t, x), tau, sigma = lift.clocks, lift.moments, lift.params['tau'], lift.params['sigma']
     fig = picture(7, 3.6)
     top, low = fig.subplots(2, 1, height_ratios=(1,2.2))
     a, b = gt[lift.pivots].min()-x, gt[lift.pivots].max()-x
     span = min(a, 0)-.6*sigma, max(b, 0)+.6*sigma
-    top.axvspan(-tau, tau, color='#4477aa', alpha=.12, lw=0)
-    _ticks(top, qt[lift.seen[0]]-t, 0, '#bbbbbb', lw=1)
-    _ticks(top, qt[lift.near]-t, 0, '#4477aa', lw=1.6)
-    top.plot(0, .16, 'v', color='#222222', ms=7); top.text(0, .24, 'A', ha='center', fontsize=9)
+    top.axvspan(-tau, tau, color=BLUE, alpha=.12, lw=0)
+    _ticks(top, qt[lift.seen[0]]-t, 0, GREY, lw=1)
+    _ticks(top, qt[lift.near]-t, 0, BLUE, lw=1.6)
+    top.plot(0, .16, 'v', color=INK, ms=7); top.text(0, .24, 'A', ha='center', fontsize=9)
     _frame(top, (-1.6*tau, 1.6*tau), f'seconds from the query, camera {lift.cams[0]}', (-.1,.42))
     top.xaxis.tick_top(); top.xaxis.set_label_position('top'); top.spines.top.set_visible(True)
     top.spines.bottom.set_visible(False)
     moment = np.linspace(*span, 120)
     density = np.exp(-((gt[lift.pivots]-x-moment[:,None])/sigma)**2).mean(1)
-    low.fill_between(moment, 0, density, color='#ccbb44', alpha=.3, lw=0)
-    low.plot(moment, density, color='#ccbb44', lw=1.2)
-    _ticks(low, gt[lift.seen[1]]-x, -.16, '#bbbbbb', .06, lw=.8)
-    for g,n,*_ in lift.table(): low.plot(gt[g]-x, -.16, 'o', color='#222222', ms=2.2+1.1*n, zorder=3)
-    low.plot([0, 0], [-.1, lift.p_t], color='#aa3377', lw=1.4)
-    low.plot(0, -.3, '^', color='#aa3377', ms=7) # below the images, where no line goes
-    low.text(0, -.38, f'X: p_t = {lift.p_t:.2f}', color='#aa3377', fontsize=9, ha='center', va='top')
+    low.fill_between(moment, 0, density, color=YELLOW, alpha=.3, lw=0)
+    low.plot(moment, density, color=YELLOW, lw=1.2)
+    _ticks(low, gt[lift.seen[1]]-x, -.16, GREY, .06, lw=.8)
+    for g,n,*_ in lift.table(): low.plot(gt[g]-x, -.16, 'o', color=INK, ms=2.2+1.1*n, zorder=3)
+    low.plot([0, 0], [-.1, lift.p_t], color=PURPLE, lw=1.4)
+    low.plot(0, -.3, '^', color=PURPLE, ms=7) # below the images, where no line goes
+    low.text(0, -.38, f'X: p_t = {lift.p_t:.2f}', color=PURPLE, fontsize=9, ha='center', va='top')
     for q,g in zip(lift.by, lift.pivots):
         known = q_pids is not None and g_pids is not None
-        color = ('#228833' if q_pids[q]==g_pids[g] else '#ee6677') if known else '#999999'
+        color = (GREEN if q_pids[q]==g_pids[g] else RED) if known else OPEN
         line = ConnectionPatch((qt[q]-t, -.09), (gt[g]-x, -.1), 'data', axesA=top, axesB=low,
                                color=color, lw=.9)
         line.set_in_layout(False); fig.add_artist(line)

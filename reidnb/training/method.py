@@ -47,6 +47,7 @@ class Method(nn.Module):
     training_only:tuple[str, ...] = () # Beginnings of state names that a model file leaves out
     feature_dtype:torch.dtype = torch.float32 # How features are kept between `embed` and `distance`
     similarity_scale:Literal['relative','probability'] = 'relative' # What one minus `distance` means
+    normalised:bool = True # Whether `embed` reads crops without ImageNet's mean; False: pixels in `[0,1]`
     def __init__(self,
         settings:Settings, # Settings of the method
         crops:Crops=None, # Training crops; None builds the method for use only
@@ -67,7 +68,7 @@ class Method(nn.Module):
     ): "Memories"
     def after_step(self): "Teachers"
     def embed(self,
-        images:Tensor, # Normalised crops, `(B,3,H,W)`
+        images:Tensor, # Crops, normalised where `normalised` says so, `(B,3,H,W)`
     )->Tensor: # Test feature, `(B,D)`
         raise NotImplementedError('test feature (B,D)')
     def distance(self,
