@@ -254,8 +254,6 @@ def fit(
 )->list[dict]: # The log; the method holds the selected weights
     "Train a method, from the start or from where it was stopped"
     s = method.settings
-    if s.select not in ('last', 'holdout'):
-        raise ValueError(f"select {s.select!r} is neither 'last' nor 'holdout'")
     if s.select=='holdout' and val is None:
         raise ValueError("select='holdout' needs held-out people: set holdout")
     run = Run(method, out, progress)
