@@ -17,20 +17,21 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fastcore.basics import patch
 from tqdm import tqdm
 
 from reidnb.core.checkpoints import (load_checkpoint, random_state, save_checkpoint, seed_everything,
     set_random_state)
-from ..core.distributed import global_batch_norm
+from ..core.distributed import accelerator_options, check_world, join_processes
 from ..core.precision import safe_bf16
 from ..data.crops import ReIDData
-from .method import Batch, Method
+from .method import Batch, Method, fit_sizes
 from .models import save_model
 from .scoring import score
-from .settings import Settings, schedule
+from .settings import Settings
+from .turns import Turns
 
 # %% ../../nbs/training/60_loop.ipynb #b21eb1d3
 def read_log(
@@ -82,7 +83,7 @@ class Block:
 
 # %% ../../nbs/training/60_loop.ipynb #48908bf4
 class Run:
-    "Everything of a training run that changes: networks, optimiser, epoch, step, log"
+    "Everything of a training run that changes: networks, optimisers, epoch, step, log"
     def __init__(self,
         method:Method, # The method to train
         out:Path|str, # Folder of the run
@@ -90,16 +91,17 @@ class Run:
     ):
         s = method.settings
         self.out, self.epoch, self.step, self.best, self.progress = Path(out), 0, 0, -1., progress
+        join_processes()
         AcceleratorState._reset_state()   # a process may train with one precision after another
         self.accelerator = Accelerator(
-            mixed_precision=s.precision, gradient_accumulation_steps=s.accumulate, project_dir=out,
-            log_with='tensorboard' if s.tensorboard else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]) # memories stay in place
+            mixed_precision=s.precision, project_dir=out, log_with='tensorboard' if s.tensorboard else None,
+            **accelerator_options())
+        check_world(self.accelerator)
         if s.tensorboard: self.accelerator.init_trackers('tensorboard')
-        if self.accelerator.num_processes>1: global_batch_norm(method)
-        self.method = method.to(self.accelerator.device)
-        self.optimizer = method.optimizer()
-        self.model, self.optimizer = self.accelerator.prepare(method, self.optimizer)
+        self.method, self.born = method, {k: v.shape for k,v in method.state_dict().items()}
+        self.turns = Turns(method, self.accelerator.device, self.accelerator.scaler)
+        self.prints = {k: c.fingerprint() for k,c in (('data', method.crops), ('source', method.source))
+                       if c is not None}
         self.main = self.accelerator.is_main_process
         if self.main: self.out.mkdir(parents=True, exist_ok=True)
         self.log, self.block = None, Block(self.accelerator)
@@ -124,8 +126,7 @@ def look(self:Run,
     good, bad = self.block.take(alone)
     rows = [{'loss': sum(terms.values()), **terms} for _,terms,_ in good]
     if not alone or self.accelerator.num_processes==1:
-        self.write(*({'epoch': f['epoch'], 'step': f['step'], **row, 'lr': f['lr']}
-                     for (f, *_),row in zip(good, rows)))
+        self.write(*({k: f.pop(k) for k in ('epoch', 'step')} | row | f for (f, *_),row in zip(good, rows)))
     if bad:
         facts, terms, index = bad
         name = next(k for k,v in terms.items() if not np.isfinite(v))
@@ -146,11 +147,12 @@ def save(self:Run,
         torch.distributed.all_gather_object(rng, random_state())
     if not self.main: return
     os.fsync(self.log.fileno())   # the log is on the disk before the checkpoint that counts on it
-    scaler = self.accelerator.scaler
-    state = dict(epoch=self.epoch, step=self.step, best=self.best, method=self.method.state_dict(),
-                 optimizer=self.optimizer.state_dict(), rng=rng, log=(self.out/'log.jsonl').stat().st_size,
-                 settings=asdict(self.method.settings), scaler=scaler.state_dict() if scaler else {},
-                 data=self.method.crops.fingerprint())
+    m, scaler = self.method, self.accelerator.scaler
+    weights = m.state_dict()
+    state = dict(epoch=self.epoch, step=self.step, best=self.best, method=weights, stage=m.stage,
+                 sizes=[k for k,v in weights.items() if v.shape!=self.born.get(k)], frozen=sorted(m.frozen),
+                 optimizers=self.turns.state_dict(), scaler=scaler.state_dict() if scaler else {}, rng=rng,
+                 log=(self.out/'log.jsonl').stat().st_size, settings=asdict(m.settings), **self.prints)
     save_checkpoint(self.out/'checkpoint.pt', state)
 
 # %% ../../nbs/training/60_loop.ipynb #2d1bbec5
@@ -177,6 +179,31 @@ def _cut_log(
                                    f'put the log back, or start anew (--fresh)')
     os.truncate(path, size)
 
+# %% ../../nbs/training/60_loop.ipynb #2696c2c2
+def _same_data(
+    then:dict, # The checkpoint
+    now:dict, # Fingerprints of this run
+    out:Path, # Folder, for the message
+)->None: # Nothing; raises when they differ
+    "Refuse to go on with other crops"
+    for k,what in (('data', 'crops'), ('source', 'crops of a source')):
+        if then.get(k)!=now.get(k): raise ValueError(
+            f'{out} holds a run on other {what} (fingerprint {then.get(k)}, now {now.get(k)}): give the same '
+            f'data, choose another folder, or start anew (--fresh)')
+
+# %% ../../nbs/training/60_loop.ipynb #c2c89cc1
+def _take_state(
+    m:Method, # A method as it was built
+    state:dict, # A checkpoint
+)->None: # Nothing
+    "Weights, sizes, stage and what is frozen, as they were when the epoch ended"
+    fit_sizes(m, {k: state['method'][k] for k in state.get('sizes', ())})
+    m.before_load(state['method'])
+    m.load_state_dict(state['method'])
+    m.stage, frozen = state.get('stage', ''), set(state.get('frozen', m.frozen))
+    m.freeze(*(m.frozen-frozen), on=False)
+    m.freeze(*frozen)
+
 # %% ../../nbs/training/60_loop.ipynb #032db42c
 @patch
 def restore(self:Run,
@@ -184,12 +211,10 @@ def restore(self:Run,
     "Go on from the checkpoint in the folder"
     state = load_checkpoint(self.out/'checkpoint.pt')
     _same_settings(state['settings'], self.method.settings, self.out)
-    if state['data']!=(now := self.method.crops.fingerprint()):
-        raise ValueError(f'{self.out} holds a run on other crops (fingerprint {state["data"]}, now {now}): '
-                         f'give the same data, choose another folder, or start anew (--fresh)')
-    self.method.before_load(state['method'])
-    self.method.load_state_dict(state['method'])
-    self.optimizer.load_state_dict(state['optimizer'])
+    _same_data(state, self.prints, self.out)
+    _take_state(self.method, state)
+    self.turns.renew(*self.method.turns)
+    self.turns.load_state_dict(state['optimizers'] if 'optimizers' in state else state['optimizer'])
     if state['scaler'] and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(state['scaler'])
     self.epoch, self.step, self.best = state['epoch'], state['step'], state['best']
     rank, n = self.accelerator.process_index, self.accelerator.num_processes
@@ -212,36 +237,60 @@ def _looking(run):
         raise
     run.look()
 
+# %% ../../nbs/training/60_loop.ipynb #cdc15b03
+@patch
+def train_batch(self:Run,
+    batch:Batch, # On the device of the run
+    lr:dict, # Rates of the epoch, for the log
+    step:bool=True, # Also make the steps; False: only collect gradients
+)->bool: # Whether an optimiser made a step
+    "All turns of a batch"
+    m, s, terms, made = self.method, self.method.settings, {}, False
+    try:
+        for turn in m.turns:
+            with self.accelerator.autocast(): found = m(batch, turn)
+            if found:
+                terms |= found if len(m.turns)==1 else {f'{turn}/{k}': v for k,v in found.items()}
+                self.turns.backward(turn, sum(v.float() for v in found.values()), 1/s.accumulate)
+            made |= step and self.turns.step(turn, s.clip)
+    finally:
+        facts = {'epoch': self.epoch, 'step': self.step, **lr, **({'stage': m.stage} if m.stage else {})}
+        if terms: self.block.add(facts, terms, batch)
+    return made
+
+@patch
+def follow(self:Run,
+)->dict[str,float]: # The rates now
+    "Do what `renew` asked for, and let nobody go untrained"
+    if self.method.renewed: self.turns.renew(*sorted(self.method.renewed)); self.method.train()
+    self.turns.check()
+    return self.turns.set_rates(self.epoch)
+
 # %% ../../nbs/training/60_loop.ipynb #dfe189f0
 def train_epoch(
     run:Run, # The run; its epoch, step and log advance
 )->int: # Number of images seen
     "One epoch of training"
-    m, s, acc, seen, start = run.method, run.method.settings, run.accelerator, 0, time.perf_counter()
-    lr = s.lr*schedule(run.epoch, s)
-    for g in run.optimizer.param_groups: g['lr'] = lr*g.get('lr_scale', 1.)
-    run.model.train()
-    run.model.zero_grad()
-    acc.step = 0   # batches that did not fill an accumulated step end with their epoch
+    m, s, acc, seen, waiting, start = run.method, run.method.settings, run.accelerator, 0, 0, time.perf_counter()
+    m.train()
+    m.zero_grad()
     hide = None if run.progress is None and run.main else not (run.progress and run.main)
     bar = tqdm(m.epoch(run.epoch), desc=f'epoch {run.epoch+1}/{s.epochs}', leave=False, disable=hide)
     with _looking(run):
         for batch in bar:
-            batch = batch.to(acc.device)
-            with acc.accumulate(run.model), safe_bf16(acc.device, s.precision):
-                terms = run.model(batch)
-                run.block.add({'epoch': run.epoch, 'step': run.step, 'lr': lr}, terms, batch)
-                acc.backward(sum(terms.values()))
-                if s.clip and acc.sync_gradients: acc.clip_grad_norm_(m.parameters(), s.clip)
-                run.optimizer.step()
-                run.optimizer.zero_grad()
+            if not seen or m.renewed: lr = run.follow()
+            batch, waiting = batch.to(acc.device), (waiting+1)%s.accumulate
+            with safe_bf16(acc.device, s.precision): made = run.train_batch(batch, lr, not waiting)
             m.after_batch(batch)
-            if acc.sync_gradients: m.after_step()
+            if made: m.after_step()
             if run.block.full: bar.set_postfix({k: f'{v:.3f}' for k,v in run.look().items()})
             run.step, seen = run.step+1, seen+len(batch)*acc.num_processes
+        if waiting and any([run.turns.step(t, s.clip, s.accumulate/waiting) for t in m.turns]): m.after_step()
+        run.follow()
     run.epoch += 1
     seconds = round(time.perf_counter()-start, 3)
-    run.write({'epoch': run.epoch-1, 'images': seen, 'seconds': seconds, **m.facts})
+    stage = {'stage': m.stage} if m.stage else {}
+    run.write({'epoch': run.epoch-1, 'images': seen, 'seconds': seconds, **stage, **m.facts})
     return seen
 
 # %% ../../nbs/training/60_loop.ipynb #d8d60e92
@@ -283,7 +332,8 @@ def fit(
 def _check_weights(run):
     "A finite loss may have a gradient or a variance that is not: such weights are never saved"
     m = run.method
-    state = [*m.named_parameters(), *((k, v) for k,v in m.named_buffers() if 'running_' in k)]
+    kept = lambda k: 'running_' in k or not k.startswith(m.training_only)   # a radius may be unknown
+    state = [*m.named_parameters(), *((k, v) for k,v in m.named_buffers() if kept(k))]
     bad = [k for k,v in state if not v.isfinite().all()]
     if bad: raise NonFiniteLoss(f'{len(bad)} weights ({bad[0]}, ..) not finite after epoch {run.epoch-1}: '
                                 f'lower lr or set clip; the last checkpoint is unharmed')

@@ -45,7 +45,10 @@ def _fits(value, kind):
     if origin is Annotated: return _fits(value, args[0]) and all(value in a for a in _ranges(args))
     if origin is Literal: return any(type(value) is type(a) and value==a for a in args)
     if origin in (Union, UnionType): return any(_fits(value, a) for a in args)
-    if origin is tuple: return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if origin is tuple:
+        if not isinstance(value, tuple): return False
+        kinds = args[:1]*len(value) if args[-1] is ... else args
+        return len(value)==len(kinds) and all(map(_fits, value, kinds))
     if kind is Any or not isinstance(origin or kind, type): return True
     if kind in (int, float) and isinstance(value, bool): return False
     if kind is float: return isinstance(value, (int, float)) and math.isfinite(value)
@@ -59,6 +62,7 @@ def allowed(
     if origin is Annotated: return ' '.join([allowed(args[0]), *map(str, _ranges(args))])
     if origin is Literal: return ('one of ' if len(args)>1 else '')+', '.join(map(repr, args))
     if origin in (Union, UnionType): return ' or '.join(map(allowed, args))
+    if origin is tuple and args[-1] is not ...: return f'a tuple of {len(args)}, each {allowed(args[0])}'
     if origin is tuple: return f'a tuple, each {allowed(args[0])}'
     return _WORDS.get(kind, getattr(kind, '__name__', str(kind)))
 
@@ -81,10 +85,14 @@ class Settings:
     epochs:Count=60 # Epochs to train
     height:Count=256 # Height of the input, pixels
     width:Count=128 # Width of the input, pixels
-    optimizer:Literal['adam','amsgrad','sgd']='adam' # Optimiser; `sgd` with Nesterov momentum 0.9
+    optimizer:Literal['adam','amsgrad','sgd']='adam' # Optimiser
+    momentum:Share=.9 # Momentum of `sgd`
+    nesterov:bool=True # Nesterov's form of the momentum
+    betas:tuple[Share, Share]=(.9, .999) # Keep rates of Adam's two moments
     lr:NotNegative=3.5e-4 # Learning rate after warm-up
     weight_decay:NotNegative=5e-4 # L2 penalty on all weights
-    warmup:Whole=0 # Epochs of linear warm-up, from a tenth of `lr`
+    warmup:Whole=0 # Epochs of linear warm-up
+    warmup_start:Part=.1 # Share of `lr` at which the warm-up begins
     decay:Literal['steps','cosine','none']='steps' # How `lr` falls
     steps:tuple[Whole, ...]=() # Epochs at which `lr` is multiplied by `gamma`
     gamma:NotNegative=.1 # Factor of each step
@@ -118,7 +126,8 @@ def schedule(
     s:Settings, # Settings of the run
 )->float: # Factor on the learning rate, in `[0,1]`
     "Warm-up times step or cosine decay"
-    warm = min(1., .1+.9*epoch/s.warmup) if s.warmup else 1.
+    low = s.warmup_start
+    warm = min(1., low+(1-low)*epoch/s.warmup) if s.warmup else 1.
     if s.decay=='none': return warm
     if s.decay=='cosine': return warm*.5*(1+math.cos(math.pi*epoch/s.epochs))
     return warm*s.gamma**sum(m<=epoch for m in s.steps)
