@@ -194,7 +194,7 @@ def test_stopped_and_resumed_equals_never_stopped(loss, tmp_path):
     fit(build(loss, Stopped), tmp_path / 'cut', progress=False)
     assert plain(read_log(tmp_path / 'whole')) == plain(read_log(tmp_path / 'cut'))
     a, b = (load_checkpoint(tmp_path / d / 'checkpoint.pt') for d in ('whole', 'cut'))
-    for k in ('method', 'optimizer', 'rng', 'step'): assert same(a[k], b[k]), k
+    for k in ('method', 'optimizers', 'rng', 'step'): assert same(a[k], b[k]), k
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -473,7 +473,7 @@ def test_killed_and_resumed_equals_never_stopped(whole, tmp_path):
     finish(start(__file__, out))
     assert plain(out) == plain(whole)
     a, b = (load_checkpoint(d / 'checkpoint.pt') for d in (whole, out))
-    for key in ('optimizer', 'method', 'rng', 'epoch', 'step'): assert same(a[key], b[key]), key
+    for key in ('optimizers', 'method', 'rng', 'epoch', 'step'): assert same(a[key], b[key]), key
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -145,6 +145,14 @@ class ICE(Method):
         "Move the momentum encoder towards the online one"
         self.momentum.update(self.encoder)
 
+    def before_start(self,
+        state:dict, # Weights of another run, name -> tensor
+    )->dict: # The same encoder for both networks
+        "Both encoders begin with the other run's test network"
+        last = next((p for p in ('momentum.net.', 'encoder.') if any(k.startswith(p) for k in state)), '')
+        net = {k[len(last):]: v for k,v in state.items() if k.startswith(last)}
+        return {p+k: v for p in ('encoder.', 'momentum.net.') for k,v in net.items()}
+
 # %% ../../nbs/methods/80_ice.ipynb #7d2b7536
 @patch
 def loss(self:ICE,

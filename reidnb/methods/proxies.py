@@ -95,6 +95,7 @@ class SpCL(Method):
         batch:Batch, # Crops and their rows
     )->dict: # The scalar `hybrid`
         "Contrast a batch with clusters and single crops of the memory"
+        self.need_epoch()
         s, f = self.settings, F.normalize(self.encoder(batch.images)[1].float(), dim=1)
         batch.kept['features'] = f.detach()
         return {'hybrid': hybrid_loss(gather(f), self.memory, gather(batch.index),

@@ -94,6 +94,8 @@ def _with_recipes(
 class Train(DataOptions):
     "Train a recipe, test it, and leave model, log, result card and report in a folder"
     recipe:tuple # Method and size, then its settings
+    source:tuple[str, ...]=() # Labelled data to adapt from, such as `world:station`; several are joined
+    start:str='' # Begin with the weights of this run, model or weight file
     out:str='' # Folder of the run; by default `runs/RECIPE-DATA`
     fresh:bool=False # Start anew although the folder holds a run
     before:bool=True # Also score the network before training
@@ -101,19 +103,37 @@ class Train(DataOptions):
 
     def run(self):
         "Open the data, check them, train, test, and say what was left where"
-        from reidnb.core.distributed import rank_size
+        from reidnb.core.distributed import describe_world, join_processes
         from reidnb.data.checks import check
         from reidnb.practice.experiments import report_run, run_experiment
+        main = join_processes()[0]==0
+        say = (lambda line: print(line, flush=True)) if main else (lambda line: None)
         name, settings = self.recipe
-        out = Path(self.out or f'runs/{name}-{Path(self.data.replace(":", "-")).name}')
-        data = self.open(settings.height)
-        for line in (data, *check(data)): print(line, flush=True)
-        r = run_experiment(name, data, out, settings, before=self.before, resume=not self.fresh)
-        if self.report and r.after and rank_size()[0]==0: report_run(r, data)
+        out = self.folder(name)
+        say(f'{name} on {" from ".join([self.data, *self.source])}: {describe_world()}')
+        data, source = self.open(settings.height), self.open_sources(settings.height)
+        for line in (data, *(source or ()), *check(data)): say(line)
+        r = run_experiment(name, data, out, settings, source=source, start=self.start or None, say=say,
+                           before=self.before, resume=not self.fresh)
+        if self.report and r.after and main: report_run(r, data)
         before = [f'before training  {r.before.scores}'] if r.before else []
         after = [f'after training   {r.metrics}'] if r.metrics else ['no test part: nothing was scored']
         made = 'model, log, card and report' if self.report and r.after else 'model, log and card'
         return '\n'.join([*before, *after, f'{made} are in {out}'])
+
+# %% ../../nbs/practice/40_cli.ipynb #615cee78
+@patch
+def folder(self:Train, name):
+    "Where the run goes"
+    word = lambda x: Path(x.replace(':', '-')).name
+    return Path(self.out or '-'.join(['runs/'+name, *map(word, (self.data, *self.source))]))
+
+@patch
+def open_sources(self:Train, height):
+    "The labelled tables to adapt from; None: there are none"
+    from reidnb.practice.opening import open_source
+    size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height, seed=self.data_seed)
+    return [open_source(self.source, **size)] if self.source else None
 
 # %% ../../nbs/practice/40_cli.ipynb #a3a1efaf
 def _other_split(

@@ -6,6 +6,7 @@
 __all__ = ['Result', 'device', 'run_experiment', 'report_run']
 
 # %% ../../nbs/practice/35_experiments.ipynb #682d288e
+import inspect
 import json
 import os
 import time
@@ -15,15 +16,16 @@ from pathlib import Path
 import torch
 
 from ..core.checkpoints import seed_everything
-from ..core.distributed import rank_size
+from ..core.distributed import join_processes, rank_size
 from ..data.checks import check, data_facts
-from ..data.crops import ReIDData
-from ..data.splits import reserve
+from ..data.crops import Crops, ReIDData
+from ..data.splits import join, reserve
 from ..methods.registry import recipe
 from .report import write_report
 from ..training.cards import make_card, write_card
 from ..training.loop import fit, read_log
 from ..training.method import Method
+from ..training.models import start_from
 from ..training.scoring import Ranking, rank
 from ..training.settings import Settings
 
@@ -60,25 +62,53 @@ def _made_before(
     old = json.loads(path.read_text())
     return {k: old[k] for k in ('date', 'commit', 'versions', 'hardware', 'peak_memory') if k in old}
 
+# %% ../../nbs/practice/35_experiments.ipynb #a78546cb
+def _source_table(
+    name:str, # Recipe, for the message
+    cls:type, # Its method
+    source, # `Crops`, `ReIDData`, a list of these, or None
+)->tuple: # The table as arguments of `cls`; nothing where there is none
+    "The source as the method takes it"
+    if source is None: return ()
+    if 'source' not in inspect.signature(cls.__init__).parameters:
+        raise ValueError(f'{name} learns from one table: it takes no source')
+    parts = source if isinstance(source, (list, tuple)) else [source]
+    parts = [ReIDData(train=x, name=x.name) if isinstance(x, Crops) else x for x in parts]
+    return (join(*parts),)
+
+def _table_facts(
+    crops:Crops, # A table
+)->dict: # For the card
+    "Name, counts and fingerprint of a source"
+    return dict(name=crops.name, fingerprint=crops.fingerprint(), images=len(crops), ids=crops.n_ids,
+                cams=crops.n_cams, notes=crops.notes)
+
 # %% ../../nbs/practice/35_experiments.ipynb #0dc63259
 def run_experiment(
     name:str, # Recipe, see `RECIPES`
     data:ReIDData, # Data to train and test on
     out:Path|str, # Folder of the run
     settings:Settings|None=None, # Settings; None: the recipe's
+    *,
+    source:Crops|ReIDData|list|None=None, # Labelled data to adapt from; a list is joined
+    start:Path|str|None=None, # Run, model or weight file to begin with, see `start_from`
     before:bool=True, # Also score the network before training
     resume:bool=True, # Go on when the folder holds a run
     progress:bool|None=None, # Show progress bars; None: when the output is a terminal
+    say=lambda line: None, # Called with what a reader wants to know at once: what a start matched
 )->Result: # Method, scores, log and card
     "Check, train, test and write the card"
+    join_processes()
     cls, default = recipe(name)
-    s = settings or default
+    s, second = settings or default, _source_table(name, cls, source)
     data.need('train')
     check(data)
     start, used, val = time.perf_counter(), data, None
     if s.holdout: used, val = reserve(data, s.holdout, s.seed)
     seed_everything(s.seed)
-    method = cls(s, used.train)
+    method = cls(s, used.train, *second)
+    begun = {'start': start_from(method, start)} if start else {}
+    for report in begun.values(): say(str(report))
     method.to(device())
     tested = data.query is not None and data.gallery is not None
     first = rank(method, data) if before and tested else None
@@ -93,7 +123,8 @@ def run_experiment(
     shown = asdict(s)
     if shown.get('weights'): shown['weights'] = Path(shown['weights']).name   # no folder of a machine
     card = make_card(name, shown, data_facts(data), scores, seconds, s.seed,
-                     selection='best on held-out people' if s.select=='holdout' else 'last epoch')
+                     selection='best on held-out people' if s.select=='holdout' else 'last epoch',
+                     **{'source': _table_facts(x) for x in second}, **{k: str(r) for k,r in begun.items()})
     card |= _made_before(Path(out), log, earlier)
     if last: last.log, last.card = log, card
     if rank_size()[0]==0: write_card(card, Path(out)/'card.json')
@@ -108,7 +139,9 @@ def report_run(
 )->Path: # The path
     "Write the HTML report of a run"
     s, n = result.method.settings, result.card['data']['train']['ids']
-    intro = f'{n} people to learn from, {s.epochs} epochs, seed {s.seed}, {result.card["selection"]}.'
+    source = result.card.get('source')
+    first = f'Adapted from {source["name"]} ({source["ids"]} people). ' if source else ''
+    intro = f'{first}{n} people to learn from, {s.epochs} epochs, seed {s.seed}, {result.card["selection"]}.'
     outcomes = {k: o for k,o in (('before training', result.before), ('after training', result.after)) if o}
     return write_report(path or result.out/'report.html', data, outcomes, seconds=result.card['seconds'],
                         title=f"{result.card['name']} on {data.name}", intro=intro, pictures=pictures)

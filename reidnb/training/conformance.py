@@ -368,7 +368,7 @@ CHECKS = dict(documented=_documented, before=_before, trains=_trains, saved=_sav
 def check_method(
     cls:type, # Class of methods, built as `cls(settings, crops)` or `cls(settings, crops, source)`
     settings:Settings=None, # Settings; None: `small_settings(cls)`
-    crops:Crops=None, # Training crops; None: 24 drawn ones, 8 people, 2 cameras
+    crops:Crops=None, # Training crops; None: 48 drawn ones of 8 people, 2 cameras
     source:Crops=None, # The second table; None: drawn where `__init__` takes one
     *,
     only:tuple=(), # Names of checks; none named: all of `CHECKS`

@@ -74,11 +74,13 @@ class Method(nn.Module):
     def epoch(self,
         n:int, # Epoch, from 0
     )->Iterable[Batch]: # Its batches
+        "What an epoch begins with (stage, labels, memories, heads), then its batches"
         raise NotImplementedError('batches of epoch n')
     def loss(self,
         batch:Batch, # Crops and their rows
         turn:str='all', # Of `turns`; a method of one turn may leave this argument out
     )->dict: # Name of a term -> scalar tensor; the loop sums them. Empty: this turn is skipped
+        "What this turn minimises"
         raise NotImplementedError('named loss terms of a batch')
     def after_batch(self,
         batch:Batch, # The batch of the last `loss`, with what it kept
@@ -88,19 +90,27 @@ class Method(nn.Module):
         n:int, # Epoch, from 0
         turn:str='all', # Of `turns`
     )->float: # Factor on the learning rates of that turn; here `schedule` of the settings
+        "How far the learning rates have come; a method with stages overrides it"
         return schedule(n, self.settings)
     def embed(self,
         images:Tensor, # Crops, normalised where `normalised` says so, `(B,3,H,W)`
     )->Tensor: # Test feature, `(B,D)`
+        "What a crop is compared by"
         raise NotImplementedError('test feature (B,D)')
     def distance(self,
         query:Tensor, # Query features, `(Q,D)`
         gallery:Tensor, # Gallery features, `(G,D)`
     )->Tensor: # Smaller is nearer, `(Q,G)`; here cosine distance in `[0,2]`
+        "How far two features are apart"
         return cosine_distance(query, gallery)
     def before_load(self,
         state:dict, # State of a checkpoint, name -> tensor
-    ): "Resize what the state of a checkpoint resizes"
+    ): "Make room for what a state resizes, beyond heads that were made anew (a checkpoint knows those)"
+    def before_start(self,
+        state:dict, # Weights of another run, name -> tensor
+    )->dict: # Name in this method -> tensor; here the same
+        "Name the weights of another run as this method does, when it starts from them"
+        return state
     def forward(self, batch, turn='all'):
         return self.loss(batch) if len(self.turns)==1 else self.loss(batch, turn)
     def train(self, mode=True):
