@@ -18,7 +18,14 @@ from reidnb.data.items import CropDataset
 from reidnb.data.toys import toy_crops
 from reidnb.core.files import list_images
 from reidnb.data.folders import from_csv, from_folder, from_regex, make_data
-from reidnb.data.splits import split_ids, split_query_gallery
+from reidnb.data.splits import join, split_ids, split_query_gallery
+from reidnb.data.video import tracklet_data
+from reidnb.datasets.catalogue import load
+from reidnb.methods.qaconv import combine_all
+from reidnb.methods.registry import recipe
+from reidnb.practice.experiments import run_experiment
+from reidnb.practice.gallery import Gallery
+from reidnb.world.sites import make_site, write_market
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 faults = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -108,6 +115,139 @@ def test_upright_by_exif():
 def test_contact_sheet_takes_any_sizes(sizes, ncol, height):
     sheet = contact_sheet([Image.new('RGB', s) for s in sizes], ncol, height, labels=range(len(sizes)))
     assert sheet.height >= height*-(-len(sizes)//ncol)
+
+
+# --- several data sets -------------------------------------------------------------------------------------
+@quick
+@given(st.lists(tables(12), min_size=2, max_size=3), st.data())
+def test_joined_in_any_order_everybody_stays_who_he_is(sets, data):
+    "Data sets in pieces, in any order: new numbers and (data set, old number) are one to one"
+    pieces = []
+    for name, t in zip('abc', sets):
+        t = t.replace(tracks=t.pids*(t.pids > 0)-(t.pids <= 0), dataset=name,
+                      extra={'raw_pid': np.array([str(p) if p > 0 else '' for p in t.pids], 'U9'),
+                             'was': np.array([(ord(name), *x) for x in zip(t.pids, t.cams)], int).reshape(-1, 3)})
+        cut = data.draw(st.integers(0, len(t)))
+        pieces += [t[:cut], t[cut:]]
+    pieces = data.draw(st.permutations(pieces))
+    both = concat(*pieces)
+    sets_, pids, cams = both.extra['was'].T
+    assert (both.pids[pids <= 0] == pids[pids <= 0]).all() and (both.cams[cams < 0] == -1).all()
+    for now, then, real in ((both.pids, pids, pids > 0), (both.cams, cams, cams >= 0), (both.tracks, pids, pids > 0)):
+        pairs = set(zip(now[real].tolist(), sets_[real].tolist(), then[real].tolist()))
+        assert len(pairs) == len({x[0] for x in pairs}) == len({x[1:] for x in pairs})
+    first = sets_ == ord(pieces[0].dataset)   # the first data set keeps its numbers
+    assert (both.pids[first] == pids[first]).all() and (both.cams[first] == cams[first]).all()
+    names = both.extra['raw_pid']
+    assert all(n == (str(p) if p > 0 else '') if f else n.split(' ')[-1] == (str(p) if p > 0 else '')
+               for n, p, f in zip(names, pids, first))
+    assert both[::2].dataset == concat(*pieces).dataset and concat(both, both).n_ids == both.n_ids
+    other = concat(*[p.replace(pids=p.pids+(p.pids > 0)) for p in pieces])
+    if other.dataset != both.dataset:   # the same members counted on from elsewhere: another numbering
+        with pytest.raises(ValueError, match='in two ways'): concat(both, other)
+
+
+def test_three_and_three_people_are_six():
+    "Case C17: two data sets that both count from 1"
+    a, b = toy_crops(3, 2, 2, name='market'), toy_crops(3, 2, 2, seed=1, name='duke')
+    assert concat(a, b).n_ids == 6 and concat(a, b).n_cams == 4 and concat(b, a).n_ids == 6
+    assert concat(a, b, same=True).n_ids == 3 and concat(a, a).n_ids == 3 and concat(a, a, same=False).n_ids == 6
+    mixed = combine_all(ReIDData(train=a, query=b[b.cams == 0], gallery=b[b.cams == 1])).train
+    assert (mixed.n_ids, mixed.n_cams, len(mixed)) == (6, 4, 24)
+    own = combine_all(ReIDData(train=a, query=a[a.cams == 0], gallery=a[a.cams == 1])).train   # others, same numbers
+    assert (own.n_ids, own.n_cams) == (6, 2)
+    q, g = (b[b.cams == c].replace(dataset=n) for c, n in ((0, 'query'), (1, 'gallery')))   # read one by one
+    assert combine_all(ReIDData(train=a, query=q, gallery=g)).train.n_ids == 6
+    assert make_data(query=q, gallery=g).cross_camera
+    asked = tracklet_data(ReIDData(query=q, gallery=g))
+    assert asked.query.n_ids == asked.gallery.n_ids == len(np.union1d(asked.query.pids, asked.gallery.pids)) == 3
+    two = join(*[ReIDData(train=x, query=x, gallery=x, name=x.name) for x in (a, b)])
+    assert (two.n_ids, two.n_cams) == (6, 4) and (two.pids[:12] == a.pids).all()
+
+
+def test_every_loader_says_whose_numbers(tmp_path):
+    site, other = (make_site('campus', n_train=4, n_test=4, height=32, width=16, seed=s) for s in (0, 1))
+    assert {c.dataset for c in site.subsets.values()} == {'world:campus'}
+    assert other.train.dataset == 'world:campus seed 1' and join(site, other).n_ids == 8
+    root = write_market(site, tmp_path/'shop')
+    assert {c.dataset for c in load('market1501', root).subsets.values()} == {'market1501'}
+    assert load('market-style', root).query.dataset == 'market-style:shop'   # a layout, not a data set
+    build(tmp_path/'x', 'person/camera')
+    assert from_folder(tmp_path/'x').dataset == 'x' and from_regex(tmp_path/'x', '(?P<pid>ann|bob)/').dataset == 'x'
+    assert {c.dataset for c in make_data(tmp_path/'x', name='mine').subsets.values()} == {'mine'}
+    (tmp_path/'list.csv').write_text('path,pid\nx/ann/door/p1_c0_000.jpg,1\n')
+    assert from_csv(tmp_path/'list.csv').dataset == 'list'
+    ann, bob = from_folder(tmp_path/'x'/'ann', 'camera'), from_folder(tmp_path/'x'/'bob', 'camera')
+    both = make_data(query=ann, gallery=bob)   # numbered together: one numbering, neither of the two
+    assert both.query.dataset == both.gallery.dataset == 'ann + bob'
+    with pytest.raises(ValueError, match='in two ways'): concat(both.query, ann)
+
+
+class Grey(torch.nn.Module):
+    size = (16, 8)
+    def embed(self, x): return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+def test_galleries_keep_whose_numbers(tmp_path):
+    "Saved and loaded, a file of before without the key, and new crops of the same user"
+    import json
+
+    import safetensors.torch
+    crops = toy_crops(3, 2, 1, height=16, name='shop')
+    path = Gallery.build(Grey(), crops).save(tmp_path/'g.safetensors')
+    assert Gallery.load(path).crops.dataset == 'shop'
+    with safetensors.safe_open(path, 'pt') as f:
+        meta, state = json.loads(f.metadata()['gallery']), {k: f.get_tensor(k) for k in f.keys()}
+    del meta['dataset']
+    path.write_bytes(safetensors.torch.save(state, metadata={'gallery': json.dumps(meta)}))
+    old = Gallery.load(path, Grey())
+    assert old.crops.dataset == ''
+    more = Gallery.build(Grey(), crops).add(toy_crops(3, 2, 1, height=16, name='shop, a day later'))
+    assert (more.crops.n_ids, more.crops.n_cams, more.crops.dataset) == (3, 2, 'shop')
+
+
+def drawn(top, seed, people=8):
+    "A folder of drawn people with names that do not depend on the pictures"
+    for p in range(people):
+        for c in range(2):
+            for k in range(3):
+                f = top/f'p{p}'/f'cam{c}'/f'{k}.jpg'
+                f.parent.mkdir(parents=True, exist_ok=True)
+                shade = np.random.default_rng([seed, p, c, k]).integers(0, 255, (4, 2, 3), np.uint8)
+                Image.fromarray(shade).resize((32, 64), 0).save(f)
+    return make_data(top, name='mine')
+
+
+def test_a_run_does_not_go_on_with_other_pictures(tmp_path):
+    "Case C11: equal names, ids and cameras, other pictures"
+    a, b = drawn(tmp_path/'a', 0), drawn(tmp_path/'b', 1)
+    assert a.fingerprint() != b.fingerprint()
+    shutil.copytree(tmp_path/'a', tmp_path/'c')
+    assert make_data(tmp_path/'c', name='mine').fingerprint() == a.fingerprint()   # the folder moved
+    s1, s2 = (recipe('baseline-small', epochs=e, p=4, k=2, decay='none')[1] for e in (1, 2))
+    go = lambda data, s: run_experiment('baseline-small', data, tmp_path/'run', s, before=False, progress=False)
+    go(a, s1)
+    with pytest.raises(ValueError, match='other crops'): go(b, s2)
+    go(a, s2)
+
+
+@faults
+@given(st.integers(1, 700), st.data())
+def test_what_a_fingerprint_sees(n, data):
+    "Another size is seen in every file, other bytes of equal size in the files that are read"
+    i = data.draw(st.integers(0, n-1))
+    read = i in {k*n//256 for k in range(256)} if n > 256 else True
+    with tempfile.TemporaryDirectory() as tmp:
+        files = [Path(tmp)/f'{k}.jpg' for k in range(n)]
+        for f in files: f.write_bytes(b'same')
+        crops = Crops(files)
+        was = crops.fingerprint()
+        files[i].write_bytes(b'else')
+        assert (crops.fingerprint() != was) == read
+        files[i].write_bytes(b'longer')
+        assert crops.fingerprint() != was
+        files[i].unlink()
+        with pytest.raises(FileNotFoundError, match=f'{i}.jpg is missing: was the folder moved'): crops.fingerprint()
 
 
 # --- splits -----------------------------------------------------------------------------------------------

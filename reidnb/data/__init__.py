@@ -4,7 +4,7 @@ from reidnb import _face
 __getattr__, __dir__, __all__ = _face(__name__, {
     'crops': 'Crops ReIDData concat DISTRACTOR JUNK UNKNOWN',
     'toys': 'toy_crops',
-    'splits': 'split_ids split_query_gallery reserve',
+    'splits': 'split_ids split_query_gallery reserve join',
     'folders': 'from_folder from_csv from_regex make_data',
     'checks': 'validate check Finding',
     'video': 'tracklets Tracklets tracklet_data by_tracklet is_video',

@@ -10,7 +10,9 @@ import base64
 import hashlib
 import io
 import os
+import re
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -87,8 +89,10 @@ class Crops:
         extra=None, # Further aligned columns, name -> array of length `N`
         name='', # Name to show
         notes=(), # What was left out or noticed at loading, one sentence each
+        dataset='', # Data set whose numbers ids, cameras, clock and tracks are; '': not known
     ):
         self.images, self.name, self.notes = _image_list(images), name, list(notes)
+        self.dataset = dataset
         n = len(self.images)
         self.pids = _column('pids', pids, n, np.int64, UNKNOWN)
         self.cams = _column('cams', cams, n, np.int64, -1)
@@ -122,7 +126,7 @@ def __getitem__(self:Crops,
     images = self.images[rows] if pixels else [self.images[i] for i in rows]
     columns = [getattr(self, k)[rows] for k in ('pids', 'cams', 'times', 'tracks')]
     extra = {k: v[rows] for k,v in self.extra.items()}
-    return Crops(images, *columns, extra, self.name, self.notes)
+    return Crops(images, *columns, extra, self.name, self.notes, self.dataset)
 
 # %% ../../nbs/data/10_crops.ipynb #c2089721
 @patch
@@ -130,8 +134,15 @@ def replace(self:Crops,
     **columns, # Arguments of `Crops` to change, such as `pids` or `name`
 )->Crops: # A new table that shares the unchanged columns
     "Copy a table with some columns changed"
-    names = ('images', 'pids', 'cams', 'times', 'tracks', 'extra', 'name', 'notes')
+    names = ('images', 'pids', 'cams', 'times', 'tracks', 'extra', 'name', 'notes', 'dataset')
     return Crops(**{k: getattr(self, k) for k in names} | columns)
+
+# %% ../../nbs/data/10_crops.ipynb #7ca62d6b
+def _gone(
+    path:str, # A file that is not there
+)->FileNotFoundError: # To raise
+    "The error about a missing image"
+    return FileNotFoundError(f"image {path} is missing: was the folder moved after loading?")
 
 # %% ../../nbs/data/10_crops.ipynb #46a236f7
 @patch
@@ -159,8 +170,7 @@ def image(self:Crops,
     try:
         with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as im:
             return ImageOps.exif_transpose(im).convert('RGB')
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {item} is missing: was the folder moved after loading?")
+    except FileNotFoundError: raise _gone(item) from None
     except Exception as e:
         where = item if isinstance(item, str) else f"{self.file_name(i)} (row {i} of {self.name!r})"
         size = len(item) if isinstance(item, bytes) else os.path.getsize(item)
@@ -176,17 +186,32 @@ def labels(self:Crops,
     out[real] = np.unique(self.pids[real], return_inverse=True)[1]
     return out
 
+# %% ../../nbs/data/10_crops.ipynb #cac21211
+def _contents(
+    paths:list, # Files
+    sample:int=256, # Files that are read whole, spread evenly over the list
+)->bytes: # Digest, 32 bytes
+    "Hash of the size of every file and of the bytes of some"
+    h, n = hashlib.sha256(), min(sample, len(paths))
+    try:
+        for p in paths: h.update(os.path.getsize(p).to_bytes(8, 'little'))
+        for i in range(n):
+            with open(paths[i*len(paths)//n], 'rb') as f: h.update(f.read())
+    except FileNotFoundError as e: raise _gone(e.filename) from None
+    return h.digest()
+
 # %% ../../nbs/data/10_crops.ipynb #d8dfc62f
 @patch
 def fingerprint(self:Crops,
 )->str: # Twelve hexadecimal digits
-    "Short hash of names or bytes, ids, cameras and times"
+    "Short hash of images (files: names, sizes, bytes of a sample), ids, cameras and times"
     h = hashlib.sha256()
     for i,item in enumerate(self.images):
         if isinstance(item, str): item = os.fsencode(self.file_name(i))
         elif isinstance(item, np.ndarray): item = item.tobytes()
         h.update(len(item).to_bytes(8, 'little')+item)
     for a in (self.pids, self.cams, self.times): h.update(np.ascontiguousarray(a).tobytes())
+    if files := [x for x in self.images if isinstance(x, str)]: h.update(_contents(files))
     return h.hexdigest()[:12]
 
 # %% ../../nbs/data/10_crops.ipynb #1ab93660
@@ -259,17 +284,81 @@ def _fill(
     value = {'f': np.nan, 'i': -1, 'U': '', 'S': b'', 'O': None}.get(like.dtype.kind, 0)
     return np.full((n, *like.shape[1:]), value, like.dtype)
 
+# %% ../../nbs/data/10_crops.ipynb #29f44ae5
+def _numberings(
+    tables:tuple, # Tables to join
+    same:bool|None, # As in `concat`
+)->list: # Numbering of each table, from 0 in order of appearance
+    "Tell whose numbers each table has"
+    if same is not None: return [0 if same else k for k in range(len(tables))]
+    names = list(dict.fromkeys(t.dataset for t in tables if t.dataset))
+    if len(names)<2: return [0]*len(tables)
+    way = "; set `dataset`, or say same=True or same=False"
+    for t in tables:
+        counts = (t.pids>0).any() or (t.cams>=0).any() or (t.tracks>=0).any()
+        if counts and not t.dataset:
+            raise ValueError(f"table {t.name!r} does not say whose numbers it has, of {', '.join(names)}{way}")
+    members = [set(re.sub(' #[0-9a-f]{6}', '', n).split(' + ')) for n in names]
+    for i,j in combinations(range(len(names)), 2):
+        if members[i] & members[j]:
+            raise ValueError(f"{names[i]!r} and {names[j]!r} number the same people in two ways: "
+                             f"join the single tables in one call{way}")
+    return [names.index(t.dataset or names[0]) for t in tables]
+
+# %% ../../nbs/data/10_crops.ipynb #6b006055
+def _count_on(
+    tables:list, # All tables; the columns of `mine` are changed in this list
+    mine:list, # Those of one data set
+    before:list, # Those that are numbered already
+    label:str, # Name of the data set
+)->tuple: # Sentence about the new numbers or '', and bytes that stand for them
+    "Number people, cameras and tracks of one data set above those of others"
+    said, key = [], b''
+    for column,first,word in (('pid', 1, 'people'), ('cam', 0, 'cameras'), ('track', 0, 'tracks')):
+        every = [getattr(t, f'{column}s') for t in tables]
+        old = np.unique(np.concatenate([every[k] for k in mine]))
+        old = old[old>=first]
+        start = 1+max(every[k].max(initial=first-1) for k in before)
+        key += b'%d %d ' % (start, len(old)) + old.tobytes()
+        if len(old): said.append(f"{word} from {start}")
+        for k in mine:
+            new, raw, real = {}, f'raw_{column}', every[k]>=first
+            new[f'{column}s'] = np.where(real, start+np.searchsorted(old, every[k]), every[k])
+            if raw in (extra := tables[k].extra):
+                names = extra[raw].astype(str)
+                new['extra'] = extra | {raw: np.where(real, np.char.add(f'{label} ', names), names)}
+            tables[k] = tables[k].replace(**new)
+    return f"{label} is counted on from the tables before it: {', '.join(said)}" if said else '', key
+
+# %% ../../nbs/data/10_crops.ipynb #48873cdf
+def _keep_apart(
+    tables:tuple, # Tables to join
+    same:bool|None, # As in `concat`
+)->tuple: # Tables with numbers that may meet, sentences, name of the numbering
+    "Give each data set numbers of its own, and refuse a number that has two names within one"
+    group = _numberings(tables, same)
+    for i,j in combinations(range(len(tables)), 2):
+        clash = group[i]==group[j] and (name_clash(tables[i], tables[j]) or name_clash(tables[i], tables[j], 'cam'))
+        if clash: raise ValueError(f"{clash}: number them together with `reidnb.data.folders.make_data`")
+    rows = [[k for k,g in enumerate(group) if g==n] for n in range(max(group)+1)]
+    labels = [next((tables[k].dataset for k in r if tables[k].dataset), '') for r in rows]
+    if len(rows)==1: return tables, [], labels[0]
+    labels = [x or tables[r[0]].name or f'table {r[0]+1}' for x,r in zip(labels, rows)]
+    tables, notes, keys = list(tables), [], b''
+    for n in range(1, len(rows)):
+        note, key = _count_on(tables, rows[n], sum(rows[:n], []), labels[n])
+        notes, keys = notes+[note]*bool(note), keys+key
+    return tables, notes, f"{' + '.join(labels)} #{hashlib.sha256(keys).hexdigest()[:6]}"
+
 # %% ../../nbs/data/10_crops.ipynb #8824d1d5
 def concat(
     *tables:Crops, # Tables to join, at least one
     name:str=None, # Name of the result; None: the first table's
-)->Crops: # Rows of all tables in order
-    "Join tables row after row"
+    same:bool=None, # Equal numbers are one person, camera, track; None: within a data set, not across
+)->Crops: # Rows of all tables in order; a note says which numbers are new
+    "Join tables row after row; people of different data sets stay different people"
     if not tables: raise ValueError("concat has no tables: give at least one")
-    for i,a in enumerate(tables):
-        for b in tables[i+1:]:
-            clash = name_clash(a, b) or name_clash(a, b, 'cam')
-            if clash: raise ValueError(f"{clash}: number them together with `reidnb.data.folders.make_data`")
+    tables, said, dataset = _keep_apart(tables, same)
     shapes = {t.images.shape[1:] if isinstance(t.images, np.ndarray) else None for t in tables}
     if len(shapes)==1 and None not in shapes: images = np.concatenate([t.images for t in tables])
     else: images = [x for t in tables for x in t.images]
@@ -278,8 +367,8 @@ def concat(
     like = {k: v for t in tables for k,v in t.extra.items()}
     extra = {k: np.concatenate([t.extra[k] if k in t.extra else _fill(v, len(t)) for t in tables])
              for k,v in like.items()}
-    notes = list(dict.fromkeys(n for t in tables for n in t.notes))
-    return Crops(images, *columns, extra, tables[0].name if name is None else name, notes)
+    notes = list(dict.fromkeys([n for t in tables for n in t.notes]+said))
+    return Crops(images, *columns, extra, tables[0].name if name is None else name, notes, dataset)
 
 # %% ../../nbs/data/10_crops.ipynb #ef24a6f6
 @dataclass

@@ -69,7 +69,7 @@ def _table(
     whole = np.array([f"{p}/{k}/{t}" if t else '' for p,k,t in zip(pid, cam, track)], dtype=str)
     tracks = _number(whole, _codes(whole, 0), -1) if n else None
     extra = {'raw_pid': pid, 'raw_cam': cam, **{k: v for k,v in c.items() if k!='time'}}
-    return Crops(images, pids, cams, c.get('time'), tracks, extra, name, notes)
+    return Crops(images, pids, cams, c.get('time'), tracks, extra, name, notes, dataset=name)
 
 # %% ../../nbs/data/20_folders.ipynb #1136333a
 _parts = {'train': ('train', 'bounding_box_train', 'training'), 'query': ('query', 'probe', 'queries'),
@@ -231,6 +231,7 @@ def from_regex(
 # %% ../../nbs/data/20_folders.ipynb #2bce3214
 def _renumber(
     parts:dict, # 'train', 'query', 'gallery' -> table or None
+    name:str, # Name of the data; '': the names of the tables
 )->dict: # The same with one numbering of people and cameras
     "Number people and cameras of several tables together"
     out = {k: v for k,v in parts.items() if v is not None}
@@ -243,6 +244,9 @@ def _renumber(
         for k,v in out.items():
             new = np.where(real[k], _number(v.extra[raw], codes, 0), getattr(v, col))
             out[k] = v.replace(**{col: new})
+    if all('raw_pid' in v.extra for v in out.values()):
+        whose = name or ' + '.join(dict.fromkeys(v.dataset for v in out.values() if v.dataset))
+        out = {k: v.replace(dataset=whose) for k,v in out.items()}
     return parts | out
 
 # %% ../../nbs/data/20_folders.ipynb #3739bf73
@@ -280,13 +284,14 @@ def make_data(
     parts = dict(train=train, query=query, gallery=gallery)
     if isinstance(crops, (str, os.PathLike)):
         name, read = name or Path(crops).name, _read_parts(crops, layout)
+        read = {k: v.replace(dataset=name) for k,v in read.items()}
         crops, parts = read.pop('crops', None), parts | read
     if crops is None and all(v is None for v in parts.values()):
         raise ValueError("make_data got no table: give one, or train=, query=, gallery=")
     if crops is not None and any(v is not None for v in parts.values()):
         raise ValueError("make_data got a whole table and parts: give one or the other")
     out = ReIDData(name=name or getattr(crops, 'name', ''), licence=licence)
-    parts = {'train': crops} if crops is not None else _renumber(parts)
+    parts = {'train': crops} if crops is not None else _renumber(parts, name)
     for k,v in parts.items():
         if v is None: continue
         kept, n = _drop(v, JUNK)
@@ -294,7 +299,8 @@ def make_data(
             raise ValueError(f"table {(v.name or k)!r} is empty"+(f": all {n:,} are junk" if n else ''))
         if n: out.dropped['junk'] = out.dropped.get('junk', 0)+n
         out.notes += [f"{k if crops is None else v.name}: {x}" for x in v.notes]
-        setattr(out, k, kept.replace(name=f"{out.name} {k}".strip(), notes=()))
+        whose = kept.dataset or out.name
+        setattr(out, k, kept.replace(name=f"{out.name} {k}".strip(), notes=(), dataset=whose))
     return _split(out, test_share, seed) if crops is not None else _protocol(out)
 
 # %% ../../nbs/data/20_folders.ipynb #72014692
@@ -303,7 +309,8 @@ def _protocol(
 )->ReIDData: # The same with `cross_camera` set
     "Choose the protocol the cameras allow"
     if data.query is None or data.gallery is None: return data
-    data.cross_camera = crosses_cameras(concat(data.query.replace(extra={}), data.gallery.replace(extra={})))
+    data.cross_camera = crosses_cameras(
+        concat(data.query.replace(extra={}), data.gallery.replace(extra={}), same=True))
     if not data.cross_camera:
         data.notes.append("no person is seen by two known cameras: matches within a camera count")
     return data

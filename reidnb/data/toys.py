@@ -47,11 +47,12 @@ def toy_crops(
     n_each:int=2, # Crops a person and camera
     height:int=64, # Pixels; half as wide
     seed:int=0, # Seed of places and times
-    name:str='toy', # Name of the table
+    name:str='toy', # Name of the table, and of the data set whose numbers it has
 )->Crops: # `n_ids*n_cams*n_each` crops, sorted by person, then camera, then time
     "Draw a small labelled table for examples and tests"
     rng = np.random.default_rng(seed)
     pids, cams, k = (x.ravel() for x in np.mgrid[1:n_ids+1, 0:n_cams, 0:n_each])
     times = (rng.uniform(0, 60, n_ids)[pids-1] + 30*cams + k).round(2)
     images = [_figure(int(p), int(c), height, rng) for p,c in zip(pids, cams)]
-    return Crops(images, pids, cams, times, tracks=(pids-1)*n_cams+cams, name=name)
+    return Crops(images, pids, cams, times, tracks=(pids-1)*n_cams+cams, name=name,
+                 dataset=name)

@@ -81,7 +81,7 @@ def tracklet_data(
 )->ReIDData: # Query and gallery in which each row belongs to a tracklet
     "Turn an image protocol into one by tracklet"
     if per not in ('camera', 'person'): raise ValueError(f"per={per!r}: 'camera' or 'person'")
-    test = concat(*data.need('query', 'gallery'))
+    test = concat(*data.need('query', 'gallery'), same=True)
     odd = test.tracks<0
     if odd.all(): raise ValueError(f"no test crop of {data.name!r} has a track: it holds single crops")
     test = test[~odd]

@@ -458,6 +458,13 @@ def session_seconds(
     return (start[cams, sessions]+frames)/fps
 
 # %% ../../nbs/datasets/10_specs.ipynb #33bdd3a2
+def _whose(
+    spec:DatasetSpec, # Entry
+    source, # `FolderTree` or `ZipTree`
+)->str: # Name of the entry; with the folder's, where the entry describes a layout of many data sets
+    "Whose numbers the tables have"
+    return spec.name if spec.aliases or spec.counts else f"{spec.name}:{source.path.name}"
+
 def _build(
     spec:DatasetSpec, # Entry
     source, # `FolderTree` or `ZipTree`
@@ -476,7 +483,7 @@ def _build(
     if spec.pid_add: extra['raw_pid'] = raw[keep]
     extra['file'] = np.array([n.rpartition('/')[2] for n in kept], dtype=str)
     crops = Crops(source.images(kept), pids[keep], columns['cam'][keep], known.get('time'),
-                  known.get('track'), extra, f"{spec.title} {part}")
+                  known.get('track'), extra, f"{spec.title} {part}", dataset=_whose(spec, source))
     n, junk, none = len(names), int((pids==JUNK).sum()), int((pids==DISTRACTOR).sum())
     if not junk+none: return crops, junk, ''
     return crops, junk, (f"{part}: {n:,} = {n-junk-none:,} + {none:,} distractors (pid 0, kept) + "

@@ -50,7 +50,7 @@ def find_fakes(
         raise FileNotFoundError(f"{root} holds {len(have)} files and no fake; expected e.g. {wanted}")
     row, cams, files = zip(*found)
     return Crops([root/f for f in files], crops.pids[list(row)], cams, extra={'row': np.array(row)},
-                 name=f'{crops.name} fakes')
+                 name=f'{crops.name} fakes', dataset=crops.dataset)
 
 # %% ../../nbs/generators/10_camstyle.ipynb #84c15418
 class CamStyleDataset(CropDataset):

@@ -249,6 +249,7 @@ def combine_all(
     shift = int(train.pids.max())
     if any(np.isin(c.pids, train.pids).any() for c in test):   # test people are others, whatever their number
         test = [c.replace(pids=c.pids+shift) for c in test]
+    test = [concat(*test, same=True)] if test else []   # query and gallery show the same people
     joined = concat(train, *test, name=f'{data.name} (all images)')
     return replace(data, train=joined, query=None, gallery=None, name=joined.name,
                    notes=[*data.notes, 'all parts are trained on: never test on this data set'])

@@ -2,7 +2,7 @@
 from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
-    'opening': 'open_data',
+    'opening': 'open_data open_source',
     'gallery': 'Gallery compare_images show_hits',
     'report': 'write_report',
     'experiments': 'run_experiment report_run',

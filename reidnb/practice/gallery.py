@@ -172,7 +172,7 @@ def add(self:Gallery,
 )->Gallery: # A gallery with the old rows first
     "Append crops"
     features = torch.cat([self.features, self.embed(crops, **kwargs)])
-    both = concat(self.crops, crops)
+    both = concat(self.crops, crops, same=True)
     return Gallery(both, features, self.encoder, self.size, self.distance, self.fingerprint)
 
 # %% ../../nbs/practice/20_gallery.ipynb #0d7629a5
@@ -335,7 +335,7 @@ def save(self:Gallery,
     state |= {f'extra.{k}': tensor(v) for k,v in number.items()}
     height, width = self.size or (None, None)
     meta = dict(kind='reidnb gallery 1', height=height, width=width, name=c.name,
-                fingerprint=self.fingerprint, cosine=self.distance is None, notes=c.notes)
+                dataset=c.dataset, fingerprint=self.fingerprint, cosine=self.distance is None, notes=c.notes)
     meta = {'gallery': json.dumps(meta)}
     return write_atomic(path, safetensors.torch.save(state, metadata=meta))
 
@@ -383,7 +383,8 @@ def load(cls:Gallery,
     extra = {k[5:]: np.array(_unpack(v, n)) for k,v in state.items() if k.startswith('text.')}
     extra |= {k[6:]: v.numpy() for k,v in state.items() if k.startswith('extra.')}
     columns = [state[k].numpy() for k in ('pids', 'cams', 'times', 'tracks')]
-    crops = Crops(_unpack(state['names'], n), *columns, extra, meta['name'], meta['notes'])
+    crops = Crops(_unpack(state['names'], n), *columns, extra, meta['name'], meta['notes'],
+                  meta.get('dataset', ''))   # a file of before has no such key
     size = meta['height'], meta['width']
     return cls(crops, state['features'], encoder, size, distance, meta['fingerprint'])
 
