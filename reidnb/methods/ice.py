@@ -210,7 +210,7 @@ def epoch(self:ICE,
     f, y = found.features.to(self.labels.device), self.labels
     self.agnostic.rebuild(f, y)
     if self.aware is not None: self.aware.rebuild(f, y, self.cams)
-    self.n, self.watched = n, []
+    self.watched = []
     yield from labelled_epoch(self, found, start, self.batches(self.loader(self.plan(), self.views), n))
     if self.watched: self.facts['kl'] = float(torch.stack(self.watched).mean())
     self.facts['teacher_distance'] = self.momentum.distance(self.encoder)

@@ -221,7 +221,6 @@ def epoch(self:CAP, # noqa: F811
     old = Clusters(y, float(self.eps)) if (y>=0).any() else None
     found = pseudo_labels(self.encoder, self.crops, old, k1=s.k1, k2=s.k2, eps=s.eps,
                           min_samples=s.min_samples, least=s.p, **_size(s))
-    self.n = n
     self.labels.copy_(found.labels); self.eps.fill_(found.clusters.eps)
     self.memory.rebuild(found.features, found.labels, self.cams)
     loader = self.loader(_sampler(s, self.labels, self.crops), self.transform)

@@ -123,17 +123,21 @@ class Train(DataOptions):
 
 # %% ../../nbs/practice/40_cli.ipynb #615cee78
 @patch
-def folder(self:Train, name):
+def folder(self:Train,
+    name:str, # Recipe
+)->Path: # Folder of the run
     "Where the run goes"
     word = lambda x: Path(x.replace(':', '-')).name
     return Path(self.out or '-'.join(['runs/'+name, *map(word, (self.data, *self.source))]))
 
 @patch
-def open_sources(self:Train, height):
-    "The labelled tables to adapt from; None: there are none"
+def open_sources(self:Train,
+    height:int, # Height of rendered crops, pixels
+)->list|None: # One table, all sources joined; None: there is no source
+    "The labelled people to adapt from"
     from reidnb.practice.opening import open_source
-    size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height, seed=self.data_seed)
-    return [open_source(self.source, **size)] if self.source else None
+    size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height)
+    return [open_source(self.source, seed=self.data_seed, **size)] if self.source else None
 
 # %% ../../nbs/practice/40_cli.ipynb #a3a1efaf
 def _other_split(

@@ -74,7 +74,21 @@ def _source_table(
         raise ValueError(f'{name} learns from one table: it takes no source')
     parts = source if isinstance(source, (list, tuple)) else [source]
     parts = [ReIDData(train=x, name=x.name) if isinstance(x, Crops) else x for x in parts]
-    return (join(*parts),)
+    return (join(*parts, name=' + '.join(p.name for p in parts)),)
+
+def _card(
+    name:str, # Recipe
+    s:Settings, # Settings of the run
+    data:ReIDData, # Data of the run
+    scores:dict, # `before` and `after`
+    seconds:dict, # Wall time by stage
+    facts:dict, # Source and start, where there are such
+)->dict: # The card, without a folder of this machine
+    "The result card of a run"
+    shown = asdict(s)
+    if shown.get('weights'): shown['weights'] = Path(shown['weights']).name
+    selection = 'best on held-out people' if s.select=='holdout' else 'last epoch'
+    return make_card(name, shown, data_facts(data), scores, seconds, s.seed, selection=selection, **facts)
 
 def _table_facts(
     crops:Crops, # A table
@@ -103,29 +117,24 @@ def run_experiment(
     s, second = settings or default, _source_table(name, cls, source)
     data.need('train')
     check(data)
-    start, used, val = time.perf_counter(), data, None
+    clock, used, val = time.perf_counter(), data, None
     if s.holdout: used, val = reserve(data, s.holdout, s.seed)
     seed_everything(s.seed)
     method = cls(s, used.train, *second)
-    begun = {'start': start_from(method, start)} if start else {}
-    for report in begun.values(): say(str(report))
+    facts = {'source': _table_facts(x) for x in second}
+    if start: facts['start'] = str(start_from(method, start)); say(facts['start'])
     method.to(device())
     tested = data.query is not None and data.gallery is not None
     first = rank(method, data) if before and tested else None
-    prepared = time.perf_counter()-start
+    prepared = time.perf_counter()-clock
     earlier = read_log(out) if resume and (Path(out)/'log.jsonl').exists() else None
     log = fit(method, out, val=val, resume=resume, progress=progress)
-    start = time.perf_counter()
+    clock = time.perf_counter()
     last = rank(method, data) if tested else None
-    seconds = dict(prepare=prepared, test=time.perf_counter()-start,
+    seconds = dict(prepare=prepared, test=time.perf_counter()-clock,
                    train=sum(r['seconds'] for r in log if 'images' in r))   # of all sittings
     scores = {k: o.scores.to_dict() for k,o in (('before', first), ('after', last)) if o is not None}
-    shown = asdict(s)
-    if shown.get('weights'): shown['weights'] = Path(shown['weights']).name   # no folder of a machine
-    card = make_card(name, shown, data_facts(data), scores, seconds, s.seed,
-                     selection='best on held-out people' if s.select=='holdout' else 'last epoch',
-                     **{'source': _table_facts(x) for x in second}, **{k: str(r) for k,r in begun.items()})
-    card |= _made_before(Path(out), log, earlier)
+    card = _card(name, s, data, scores, seconds, facts) | _made_before(Path(out), log, earlier)
     if last: last.log, last.card = log, card
     if rank_size()[0]==0: write_card(card, Path(out)/'card.json')
     return Result(method, last, first, log, card, Path(out))

@@ -271,7 +271,8 @@ def train_epoch(
     run:Run, # The run; its epoch, step and log advance
 )->int: # Number of images seen
     "One epoch of training"
-    m, s, acc, seen, waiting, start = run.method, run.method.settings, run.accelerator, 0, 0, time.perf_counter()
+    m, s, acc, seen, waiting = run.method, run.method.settings, run.accelerator, 0, 0
+    start = time.perf_counter()
     m.train()
     m.zero_grad()
     hide = None if run.progress is None and run.main else not (run.progress and run.main)

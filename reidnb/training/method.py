@@ -59,64 +59,77 @@ class Method(nn.Module):
         self.settings, self.crops, self.source, self.facts, self.stage = settings, crops, source, {}, ''
         self.frozen, self.renewed, self._n = set(), set(), None
 
-    def need_epoch(self):
-        "Raise before the first epoch; for a `loss` that needs what `epoch` makes"
-        if self._n is None: raise RuntimeError(f'{type(self).__name__}: loss before epoch: what it compares '
-                                               f'with is made by epoch(n), take the batches from there')
-    @property
-    def n(self)->int: # From 0
-        "The epoch that has begun"
-        self.need_epoch()
-        return self._n
-    @n.setter
-    def n(self, value): self._n = value
-
     def epoch(self,
         n:int, # Epoch, from 0
     )->Iterable[Batch]: # Its batches
         "What an epoch begins with (stage, labels, memories, heads), then its batches"
         raise NotImplementedError('batches of epoch n')
+
     def loss(self,
         batch:Batch, # Crops and their rows
         turn:str='all', # Of `turns`; a method of one turn may leave this argument out
     )->dict: # Name of a term -> scalar tensor; the loop sums them. Empty: this turn is skipped
         "What this turn minimises"
         raise NotImplementedError('named loss terms of a batch')
-    def after_batch(self,
-        batch:Batch, # The batch of the last `loss`, with what it kept
-    ): "Memories: called after every batch"
-    def after_step(self): "Teachers: called after every batch that made a step"
-    def rate(self,
-        n:int, # Epoch, from 0
-        turn:str='all', # Of `turns`
-    )->float: # Factor on the learning rates of that turn; here `schedule` of the settings
-        "How far the learning rates have come; a method with stages overrides it"
-        return schedule(n, self.settings)
+
     def embed(self,
         images:Tensor, # Crops, normalised where `normalised` says so, `(B,3,H,W)`
     )->Tensor: # Test feature, `(B,D)`
         "What a crop is compared by"
         raise NotImplementedError('test feature (B,D)')
-    def distance(self,
-        query:Tensor, # Query features, `(Q,D)`
-        gallery:Tensor, # Gallery features, `(G,D)`
-    )->Tensor: # Smaller is nearer, `(Q,G)`; here cosine distance in `[0,2]`
-        "How far two features are apart"
-        return cosine_distance(query, gallery)
-    def before_load(self,
-        state:dict, # State of a checkpoint, name -> tensor
-    ): "Make room for what a state resizes, beyond heads that were made anew (a checkpoint knows those)"
-    def before_start(self,
-        state:dict, # Weights of another run, name -> tensor
-    )->dict: # Name in this method -> tensor; here the same
-        "Name the weights of another run as this method does, when it starts from them"
-        return state
+
     def forward(self, batch, turn='all'):
         return self.loss(batch) if len(self.turns)==1 else self.loss(batch, turn)
-    def train(self, mode=True):
-        super().train(mode)
-        for name in self.frozen: self.get_submodule(name).eval()
-        return self
+
+# %% ../../nbs/training/10_method.ipynb #4f85483a
+@patch
+def after_batch(self:Method,
+    batch:Batch, # The batch of the last `loss`, with what it kept
+): "Memories: called after every batch"
+
+@patch
+def after_step(self:Method): "Teachers: called after every batch that made a step"
+
+@patch
+def rate(self:Method,
+    n:int, # Epoch, from 0
+    turn:str='all', # Of `turns`; a method of one turn may leave this argument out
+)->float: # Factor on the learning rates of that turn; here `schedule` of the settings
+    "How far the learning rates have come; a method with stages overrides it"
+    return schedule(n, self.settings)
+
+@patch
+def distance(self:Method,
+    query:Tensor, # Query features, `(Q,D)`
+    gallery:Tensor, # Gallery features, `(G,D)`
+)->Tensor: # Smaller is nearer, `(Q,G)`; here cosine distance in `[0,2]`
+    "How far features are apart"
+    return cosine_distance(query, gallery)
+
+@patch
+def before_load(self:Method,
+    state:dict, # State of a checkpoint, name -> tensor
+): "Make room for what a state resizes, beyond heads that were made anew (a checkpoint knows those)"
+
+@patch
+def before_start(self:Method,
+    state:dict, # Weights of another run, name -> tensor
+)->dict: # Name in this method -> tensor; here the same
+    "Name the weights of another run as this method does, when it starts from them"
+    return state
+
+# %% ../../nbs/training/10_method.ipynb #70b9aae9
+@patch
+def need_epoch(self:Method):
+    "Raise before the first epoch; for a `loss` that needs what `epoch` makes"
+    if self._n is None: raise RuntimeError(f'{type(self).__name__}: loss before epoch: what it compares '
+                                           f'with is made by epoch(n), take the batches from there')
+
+@patch(as_prop=True)
+def n(self:Method)->int: # From 0
+    "The epoch that has begun"
+    self.need_epoch()
+    return self._n
 
 # %% ../../nbs/training/10_method.ipynb #5dbfb166
 @patch(as_prop=True)
@@ -186,7 +199,7 @@ def optimizer(self:Method,
     "The optimiser of the settings, over all or over the module that bears the turn's name"
     if len(self.turns)==1: return self.new_optimizer(self.param_groups())
     if turn not in dict(self.named_children()): raise NotImplementedError(
-        f'{type(self).__name__} has no module {turn!r}: override optimizer(turn) to say what this turn trains')
+        f'{type(self).__name__} has no module {turn!r}: override optimizer(turn) to say what it trains')
     return self.new_optimizer(self.param_groups(self.get_submodule(turn)))
 
 # %% ../../nbs/training/10_method.ipynb #e043ef90
@@ -198,6 +211,15 @@ def renew(self:Method,
     wrong = [t for t in turns if t not in self.turns]
     if wrong: raise ValueError(f'no turn {wrong[0]!r}; {type(self).__name__} has {", ".join(self.turns)}')
     self.renewed |= set(turns or self.turns)
+
+@patch
+def train(self:Method,
+    mode:bool=True, # False: evaluation
+)->Method: # The method
+    "Training mode for all but what is frozen"
+    nn.Module.train(self, mode)
+    for name in self.frozen: self.get_submodule(name).eval()
+    return self
 
 @patch
 def freeze(self:Method,
@@ -251,8 +273,8 @@ def batches(self:Method,
     source:EpochLoader=None, # What `loader` returned for the source, with as many batches; None: one table
 )->Iterator[Batch]: # Batches of this epoch
     "The batches of epoch n; each process gets its part of every batch"
-    self.n, kinds = n, [loader, source] if source else [loader]
-    for x in kinds:
+    self._n = n
+    for x in (loader, source) if source else (loader,):
         x.dataset.set_epoch(n)
         x.batch_sampler.set_epoch(n)
         x.batch_sampler.rank, x.batch_sampler.world = rank_size()

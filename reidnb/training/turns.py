@@ -28,7 +28,7 @@ class Turns:
     def renew(self,
         *turns:str, # Of the method's turns
     )->None: # Nothing
-        "Optimisers without a past for these turns; new modules get the device and, in all processes, one value"
+        "Optimisers without a past; new modules get the device and, in all processes, the same weights"
         m = self.method.to(self.device) if self.device is not None else self.method
         if rank_size()[1]>1: global_batch_norm(m); broadcast_state(m)
         for turn in turns: self.optimizers[turn] = m.optimizer() if len(m.turns)==1 else m.optimizer(turn)
@@ -85,8 +85,8 @@ def check(self:Turns,
         f'{len(free)} parameters want a gradient and belong to no optimiser: {", ".join(free[:3])}. Call '
         f'self.renew() in epoch where modules are replaced, hold them in optimizer(), or self.freeze() them')
     lost = len(held-ours.keys())
-    if lost: raise ValueError(f'the optimisers hold {lost} tensors that are not in {type(self.method).__name__}:'
-                              f' call self.renew() where modules are replaced or taken away')
+    if lost: raise ValueError(f'the optimisers hold {lost} tensors that are not in '
+                              f'{type(self.method).__name__}: call self.renew() where modules are replaced')
 
 # %% ../../nbs/training/55_turns.ipynb #cd58bfbc
 @patch
