@@ -297,7 +297,8 @@ def _numberings(
     for t in tables:
         counts = (t.pids>0).any() or (t.cams>=0).any() or (t.tracks>=0).any()
         if counts and not t.dataset:
-            raise ValueError(f"table {t.name!r} does not say whose numbers it has, of {', '.join(names)}{way}")
+            raise ValueError(f"table {t.name!r} does not say whose numbers it has, "
+                             f"of {', '.join(names)}{way}")
     members = [set(re.sub(' #[0-9a-f]{6}', '', n).split(' + ')) for n in names]
     for i,j in combinations(range(len(names)), 2):
         if members[i] & members[j]:
@@ -338,7 +339,8 @@ def _keep_apart(
     "Give each data set numbers of its own, and refuse a number that has two names within one"
     group = _numberings(tables, same)
     for i,j in combinations(range(len(tables)), 2):
-        clash = group[i]==group[j] and (name_clash(tables[i], tables[j]) or name_clash(tables[i], tables[j], 'cam'))
+        if group[i]!=group[j]: continue
+        clash = name_clash(tables[i], tables[j]) or name_clash(tables[i], tables[j], 'cam')
         if clash: raise ValueError(f"{clash}: number them together with `reidnb.data.folders.make_data`")
     rows = [[k for k,g in enumerate(group) if g==n] for n in range(max(group)+1)]
     labels = [next((tables[k].dataset for k in r if tables[k].dataset), '') for r in rows]

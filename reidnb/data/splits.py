@@ -104,8 +104,9 @@ def join(
         if d.train is None or not d.train.labelled:
             raise ValueError(f"data set {d.name!r} has no labelled training crop: leave it out of the source")
         known, whose = d.train.pids>0, d.train.dataset or d.name or f'data {k+1}'
-        notes = [f"{d.train.name}: training crops without a person, left out: {(~known).sum():,}"]*(not known.all())
-        parts.append(d.train[known].replace(notes=[*d.train.notes, *notes]))
+        parts.append(d.train[known])
+        if n := int((~known).sum()):
+            parts[k].notes.append(f"{d.train.name}: training crops without a person, left out: {n:,}")
         if len(data)>1: parts[k] = parts[k].replace(dataset=whose)
         if whose in [p.dataset for p in parts[:k]]:
             raise ValueError(f"data set {whose!r} is there twice: give it once, or another name")

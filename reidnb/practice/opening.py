@@ -42,7 +42,7 @@ def open_data(
 
 # %% ../../nbs/practice/10_opening.ipynb #51a371fe
 def open_source(
-    names:list|str|Path, # Words as `open_data` takes them, such as ['world:station', 'market1501']; or one word
+    names:list|str|Path, # One or more words as for `open_data`, such as ['world:station', 'market1501']
     **kwargs, # As for `open_data`, the same for every word
 )->Crops: # Labelled training crops of all, as `join` makes them
     "Open the training parts of several data by name, as one source"

@@ -117,7 +117,8 @@ def _table(plan, people, look, last, recipe, part, device, files): # Crops of on
                  phase=p.ground[:, 3], person=p.person, group=p.group, row=rows,
                  recipe=np.broadcast_to(np.array(recipe), (len(rows), 8)))
     name = f"{list(SITES)[recipe[0]]}/{('train', 'query', 'gallery', 'junk')[part]}"
-    whose = f"world:{list(SITES)[recipe[0]]}{f' seed {recipe[3]}' if recipe[3] else ''}" # a seed has its own people
+    other = f" seed {recipe[3]}" if recipe[3] else '' # another seed has other people
+    whose = f"world:{list(SITES)[recipe[0]]}{other}"
     clock = network_clock(p.session, p.frame, last)
     return Crops(images, p.pid, p.cam, clock, p.visit, extra, name, dataset=whose)
 
