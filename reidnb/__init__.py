@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = _face('reidnb', {
     'world.sites': 'make_site', 'networks.extraction': 'extract', 'ranking.evaluation': 'evaluate',
     'training.settings': 'Settings EncoderSettings', 'training.method': 'Method',
     'training.models': 'load_model save_model', 'training.scoring': 'rank score',
-    'training.loop': 'fit', 'methods.registry': 'recipe register_method', 'practice.opening': 'open_data',
+    'training.loop': 'fit', 'training.conformance': 'check_method', 'methods.registry': 'recipe register_method', 'practice.opening': 'open_data',
     'practice.gallery': 'Gallery', 'practice.experiments': 'run_experiment'},
     rooms=('core', 'neighbours', 'data', 'datasets', 'world', 'networks', 'losses', 'ranking', 'viz', 'training',
            'generators', 'methods', 'practice'))

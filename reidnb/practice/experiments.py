@@ -115,8 +115,7 @@ def run_experiment(
     join_processes()
     cls, default = recipe(name)
     s, second = settings or default, _source_table(name, cls, source)
-    data.need('train')
-    check(data)
+    data.need('train'); check(data)
     clock, used, val = time.perf_counter(), data, None
     if s.holdout: used, val = reserve(data, s.holdout, s.seed)
     seed_everything(s.seed)

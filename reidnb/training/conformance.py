@@ -25,6 +25,7 @@ import cloudpickle
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..core.checkpoints import load_checkpoint, seed_everything
 from ..data.crops import UNKNOWN, Crops
@@ -128,13 +129,20 @@ def _differ(a, b, where=''):
     return where.rstrip('.')
 
 @contextmanager
+def _hooked(handle):
+    "A hook that is taken off again"
+    try: yield
+    finally: handle.remove()
+
+@contextmanager
 def _watched(lr=None):
-    "Gradients as each step meets them: a list of (turn, list of tensors); `lr` replaces all rates"
+    "Gradients as each step meets them: a list of (turn, tensors or None: no step); `lr` replaces all rates"
     seen, step, rates = [], Turns.step, Turns.set_rates
     def watch(self, turn, *args, **kwargs):
-        grads = [None if p.grad is None else p.grad.clone() for p in self.params(turn)]
-        made = step(self, turn, *args, **kwargs)
-        seen.append((turn, grads if made else None))
+        copy = lambda p: None if p.grad is None else p.grad.clone()
+        note = lambda *_: seen.append((turn, [copy(p) for p in self.params(turn)]))   # averaged already
+        with _hooked(register_optimizer_step_pre_hook(note)): made = step(self, turn, *args, **kwargs)
+        if not made: seen.append((turn, None))
         return made
     def rate(self, n):
         out = rates(self, n)
@@ -248,6 +256,7 @@ def _accumulates(b):
                 f'turn {turn!r}: the gradient of two accumulated batches is not the mean of theirs'
     return f'{two.n_batches} batches, {two.n_steps} steps of two'
 
+# %% ../../nbs/training/70_conformance.ipynb #46a2d094
 def _workers(b):
     "Loader processes change nothing"
     logs = []
@@ -289,7 +298,8 @@ def _speaks(b, name, **tables):
     except ValueError as e:
         where = traceback.extract_tb(e.__traceback__)[-1].filename
         libraries = tuple(str(Path(x.__file__).parent) for x in (torch, np))
-        assert not where.startswith(libraries) and ('site-packages' not in where or 'reidnb' in where), f'{name}: an error from inside {Path(where).name}: {e}'
+        ours = not where.startswith(libraries) and ('site-packages' not in where or 'reidnb' in where)
+        assert ours, f'{name}: an error from inside {Path(where).name}: {e}'
         return f'{name} refused'
     except Exception as e: raise AssertionError(f'{name}: {type(e).__name__}: {e}') from e
     return name
@@ -328,6 +338,7 @@ def _child(job, answer):
     if os.environ['RANK']=='0': torch.save(found, answer)
     torch.distributed.destroy_process_group()
 
+# %% ../../nbs/training/70_conformance.ipynb #5f82f440
 def _spread(b, world):
     "The same run in several processes"
     job, answer = b.folder/'job', b.folder/'answer.pt'

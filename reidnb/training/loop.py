@@ -27,10 +27,11 @@ from reidnb.core.checkpoints import (load_checkpoint, random_state, save_checkpo
 from ..core.distributed import accelerator_options, check_world, join_processes
 from ..core.precision import safe_bf16
 from ..data.crops import ReIDData
-from .method import Batch, Method, fit_sizes
+from .method import Batch, Method
 from .models import save_model
 from .scoring import score
 from .settings import Settings
+from .trainable import fit_sizes
 from .turns import Turns
 
 # %% ../../nbs/training/60_loop.ipynb #b21eb1d3
