@@ -29,7 +29,7 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT / 'nbs', d / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     shutil.copytree(ROOT / 'reidnb', d / 'reidnb', ignore=shutil.ignore_patterns('__pycache__'))
     for f in (d / 'reidnb').rglob('*.py'):
-        if f.name != '__init__.py': f.unlink()
+        if f.name not in ('__init__.py', '__main__.py'): f.unlink()
     code = 'from nbdev.doclinks import nbdev_export; nbdev_export(); from nbdev.clean import nbdev_clean; nbdev_clean()'
     subprocess.run([sys.executable, '-c', code], cwd=d, check=True)
     return d
