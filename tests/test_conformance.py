@@ -55,10 +55,10 @@ class Toy(Method):
 
     def features(self, batch):
         "Mean colours, mapped and normalised"
-        return self.bn(self.net(batch.images.mean((2, 3))))
+        return self.bn(self.net(4 * batch.images.mean((2, 3)) - 2))
 
     def epoch(self, n): return self.batches(self.data, n)
-    def embed(self, images): return F.normalize(self.bn(self.net(images.mean((2, 3)))), dim=1)
+    def embed(self, images): return F.normalize(self.bn(self.net(4 * images.mean((2, 3)) - 2)), dim=1)
     def loss(self, batch): return {'ce': F.cross_entropy(self.head(self.features(batch)), self.labels[batch.index])}
 
 

@@ -326,10 +326,3 @@ def global_batch_norm(
         elif isinstance(m, nn.BatchNorm2d) and hasattr(m, 'act') and not isinstance(m, _Global):
             m.__class__ = _GlobalActing
     return model
-
-def join_processes(cpu=None): return rank_size()
-def accelerator_options(): return {}
-def check_world(acc): pass
-def average_gradients(params): pass
-def broadcast_state(m): pass
-def describe_world(): return '1 process on the CPU'
