@@ -86,7 +86,9 @@ class _Bench:
         seed_everything(s.seed)
         source = self.source if source is None else source
         tables = (self.crops if crops is None else crops, *([source] if source is not None else []))
-        return (cls or self.cls)(s, *tables).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return (cls or self.cls)(s, *tables).train()
 
     def out(self):
         "A new folder"
