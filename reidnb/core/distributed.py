@@ -163,7 +163,7 @@ def _torchrun(
     if n%machines: raise ValueError(f'{n} processes cannot be shared by {machines} machines')
     where = ['--standalone'] if machines==1 else ['--nnodes', machines, '--node_rank', asked['rank'],
              '--master_addr', asked['ip'], '--master_port', asked['port']]
-    same = ['--no_python', sys.executable, *sys.orig_argv[1:]]
+    same = ['--no_python', '--', sys.executable, *sys.orig_argv[1:]]   # --: `--p` is none of torchrun's
     command = [sys.executable, '-m', 'torch.distributed.run', *where, '--nproc_per_node', n//machines, *same]
     return [str(w) for w in command]
 
