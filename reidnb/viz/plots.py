@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from ..core.figures import BLUE, GREEN, GREY, INK, PALETTE, PURPLE, RED, as_array, camera_name, panels, words
+from reidnb.core.figures import (BLUE, GREEN, GREY, INK, PALETTE, PURPLE, RED, as_array, camera_name,
+    panels, words)
 from ..ranking.evaluation import Metrics
 from .sheets import check_distances
 
