@@ -1,5 +1,5 @@
 """Pictures on odd input: one camera, many cameras, no labels, tensors, gaps in the log."""
-import base64, io, re, xml.dom.minidom
+import base64, io, re, warnings, xml.dom.minidom
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
 from reidnb.core.figures import PALETTE, RIGHT, caption, contact_sheet, data_uri, legend_strip, picture, tile, tile_sheet
 from reidnb.data.crops import Crops
@@ -297,6 +297,94 @@ def test_training_logs_with_gaps():
     with pytest.raises(ValueError, match='0 rows'): plot_training([])
 
 
+STAGES, TERMS = ['intra', 'inter', 'warm up'], ['ce', 'triplet', 'pull']
+TURNS = {'critic': ['critic/real', 'critic/fake'], 'generator': ['generator/fool', 'generator/cycle']}
+value = st.floats(-100, 100, width=32)
+
+
+@st.composite
+def logs(draw):
+    "Rows of a run: stages or none, turns or one, keys that come and go, one epoch after another"
+    stages, turns = draw(st.booleans()), draw(st.booleans())
+    rows, epoch = [], 0
+    for _ in range(draw(st.integers(1, 25))):
+        epoch += draw(st.integers(0, 1))
+        row = dict(epoch=epoch, step=len(rows))
+        names = draw(st.lists(st.sampled_from([*TURNS] if turns else TERMS), min_size=1, unique=True))
+        terms = {k: draw(value) for n in names for k in (TURNS[n] if turns else [n])}
+        row |= dict(loss=sum(terms.values()), **terms)
+        row |= {f'lr/{n}': draw(st.floats(0, 1)) for n in names} if turns else dict(lr=draw(st.floats(0, 1)))
+        if stages: row['stage'] = draw(st.sampled_from(STAGES))
+        rows.append(row)
+        if draw(st.booleans()): rows.append(dict(epoch=epoch, images=9, seconds=1., clusters=7))
+        if draw(st.integers(0, 5)) == 0: rows.append(dict(epoch=epoch, mAP=draw(st.floats(0, 1))))
+    return rows
+
+
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(logs())
+def test_any_log_is_drawn_as_it_is(log):
+    "No warning; the thin lines are the terms of each stage, with gaps where the log has none"
+    steps = [r for r in log if 'loss' in r]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fig = plot_training(log)
+        fig.draw_without_rendering()
+    turns = len({k.split('/')[0] for r in steps for k in r if '/' in k and not k.startswith('lr/')}) > 1
+    want = {}
+    for stage in {r.get('stage') for r in steps}:
+        keys = sorted({k for r in steps if r.get('stage') == stage for k in r}-{'epoch', 'step', 'lr', 'loss', 'stage'})
+        keys = [k for k in keys if not k.startswith('lr/')]
+        for key in keys if turns else ['loss']+keys*(len(keys) > 1):
+            want[stage, key] = [r[key] if r.get('stage') == stage and key in r else np.nan for r in steps]
+    rates = [ax for ax in fig.axes if ax.get_title('left') == 'learning rate']
+    thin = [line for ax in fig.axes for line in ax.lines if line.get_linewidth() == .5]
+    drawn = sorted(tuple(np.nan_to_num(line.get_ydata(), nan=1e9)) for line in thin)
+    assert drawn == sorted(tuple(np.nan_to_num(v, nan=1e9)) for v in want.values())
+    assert all(len(line.get_xdata()) == len(steps) for line in thin)
+    unit = 10.**int(rates[0].get_ylabel().split('1e')[1])
+    shown = np.concatenate([line.get_ydata() for line in rates[0].lines])*unit
+    given = [v for r in steps for k, v in r.items() if k.split('/')[0] == 'lr']
+    np.testing.assert_allclose(np.sort(shown[np.isfinite(shown)]), np.sort(given), rtol=1e-12)
+    lines = [line for ax in fig.axes if ax not in rates and 'mAP' not in ax.get_title('left') for line in ax.lines]
+    for y, mean in zip(*([line.get_ydata() for line in lines[i::2]] for i in (0, 1)), strict=True):
+        assert np.nanmin(y)-1e-6 <= np.nanmin(mean) and np.nanmax(mean) <= np.nanmax(y)+1e-6   # a gap is no zero
+
+
+def test_a_stage_is_not_joined_with_the_next():
+    "Forty rounds of two stages: each line is a piece a round, and its mean knows only its own rows"
+    log = [dict(epoch=e, loss=[1., 5.][e % 2], lr=[.1, .5][e % 2], stage=['intra', 'inter'][e % 2])
+           for e in range(80) for _ in range(10)]
+    fig = plot_training(log)
+    for ax in fig.axes:
+        for line in ax.lines:
+            y = line.get_ydata(); ok = np.isfinite(y)
+            assert len(np.unique(y[ok].round(9))) == 1
+            assert (np.diff(np.r_[0, ok.astype(int)]) == 1).sum() == 40
+        grounds, = ax.collections
+        assert len(grounds.get_paths()) == 40
+    assert 'intra\xa01\xa0to\xa01' in fig.axes[0].get_title('left')
+    assert len(data_uri(fig)) < 150_000
+
+
+def test_a_turn_that_skips_batches_has_gaps_and_no_total():
+    log = [dict(epoch=0, step=i, loss=9., **{'critic/real': 1., 'lr/critic': .1},
+                **({'generator/fool': 2., 'lr/generator': .2} if i % 5 == 4 else {})) for i in range(30)]
+    critic, generator, rate = plot_training(log).axes
+    thin, mean = generator.lines
+    assert np.flatnonzero(np.isfinite(thin.get_ydata())).tolist() == thin.get_markevery() == [4, 9, 14, 19, 24, 29]
+    assert set(mean.get_ydata()) == {2.} and len(mean.get_xdata()) == 30      # never pulled down by zeros
+    assert {v for ax in (critic, generator) for line in ax.lines for v in line.get_ydata() if v == v} == {1., 2.}
+    assert len(rate.lines) == 2 and [t.get_text() for t in rate.get_legend().get_texts()] == ['critic', 'generator']
+
+
+def test_the_first_loss_is_no_empty_memory():
+    rows = lambda values: [dict(epoch=0, loss=v) for v in values]
+    title = lambda values: plot_training(rows(values)).axes[0].get_title('left')
+    assert title([0.]+[8.]*10+[2.]*10) == 'loss from 8 to 2'
+    assert title([4.]*10+[0.]*10) == 'loss from 4 to 0' and title([0.]) == 'loss from 0 to 0'
+
+
 def test_pictures_are_small_valid_and_repeat():
     m = evaluate(dist, query.pids, gallery.pids, query.cams, gallery.cams)
     figures = [plot_cmc({'a & b <c>': m, 'other': m}), plot_distances(dist, query.pids, gallery.pids, query.cams, gallery.cams),
@@ -333,6 +421,27 @@ def test_the_legend_of_a_run_covers_no_curve(terms, rise):
     for ax in (fig.axes[0], fig.axes[2]):
         legend = ax.get_legend().get_window_extent()
         assert not legend.overlaps(ax.get_window_extent()) and legend.y0 >= 0 and not legend.overlaps(ax.xaxis.label.get_window_extent())
+
+
+def run_of_stages(terms, turns):
+    "A log of two alternating stages, and of two turns"
+    names = [f'{turn}/{k}' for turn in ('critic', 'generator') for k in terms] if turns else terms
+    rates = {'lr/critic': .1, 'lr/generator': .2} if turns else {'lr': .1}
+    return [dict(epoch=e, loss=5-e/9, stage=['intra', 'inter'][e//2 % 2], mAP=.1*e, R1=.9-.1*e, **rates,
+                 **{k: j+e/9. for j, k in enumerate(names)}) for e in range(9)]
+
+
+@pytest.mark.parametrize('terms', [['ce'], ['ce', 'triplet'], ['a long name of a term', 'ce', 'triplet']])
+@pytest.mark.parametrize('turns', [False, True])
+def test_no_legend_lies_on_a_panel(terms, turns):
+    m = evaluate(dist, query.pids, gallery.pids, query.cams, gallery.cams)
+    for fig in (plot_training(run_of_stages(terms, turns)), plot_cmc({'a': m, 'a name of many letters': m, 'b': m}),
+                plot_eps([.1, .2, .3, .9], .2)):
+        fig.draw_without_rendering()
+        legends = [ax.get_legend().get_window_extent() for ax in fig.axes if ax.get_legend()]
+        assert legends and not any(k.overlaps(ax.get_window_extent()) for k in legends for ax in fig.axes)
+        assert not any(a.overlaps(b) for i, a in enumerate(legends) for b in legends[:i])
+        assert all(k.y0 >= 0 and k.x0 >= 0 and k.x1 <= fig.bbox.width for k in legends)
 
 
 def test_densities_hold_all_pairs():

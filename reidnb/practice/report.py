@@ -10,6 +10,7 @@ import io
 import json
 import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -231,14 +232,16 @@ def _varied(c, at):
 # %% ../../nbs/practice/30_report.ipynb #53faba7e
 def _training(
     page:_Page, # The page
-)->dict|None: # Name, counts, figures
+)->dict|None: # Name, counts, epochs of each stage, whether there are turns, figures
     "Curves of the training log"
     found = [(n,o) for n,o in page.having('log') if any(r.get('loss') is not None for r in o.log)]
     if not found: return None
     name, log = found[-1][0], found[-1][1].log
     done = [r for r in log if 'images' in r]
-    return dict(name=name, epochs=len(done), images=sum(r['images'] for r in done),
-                seconds=sum(r.get('seconds', 0) for r in done),
+    stages = Counter(str(r['stage']) for r in done if 'stage' in r)
+    turns = {k for r in log for k in r if k.startswith('lr/')}
+    return dict(name=name, stages=stages, turns=len(turns)>1, epochs=len(done),
+                images=sum(r['images'] for r in done), seconds=sum(r.get('seconds', 0) for r in done),
                 figures=_figures([(plot_training(log), 'Training curves')], 't'))
 
 # %% ../../nbs/practice/30_report.ipynb #f9dfc0ee

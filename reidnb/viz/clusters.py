@@ -188,11 +188,11 @@ def plot_eps(
 )->Figure: # The sorted curve
     "The curve of k-distances with its turn"
     d = np.sort(np.asarray(d)); turn = suggest_eps(d)
-    fig, (ax,) = panels(width=4.6)
+    fig, (ax,) = panels(width=4.6, height=2.9)
     at = np.unique(np.linspace(0, len(d)-1, min(len(d), 200)).astype(int))
     ax.plot(at, d[at], c=BLUE, lw=1.6, label='k-distance of a crop')
     ax.plot((d<turn).sum(), turn, 'o', c=RED, label=f'turn {turn:.2f}')
     if eps is not None: ax.axhline(eps, c=INK, ls='--', lw=1, label=f'used {eps:.2f}')
     words(ax, title or f'{(d<=turn).sum()} of {len(d)} crops are cores at the turn',
-          'crops, sorted by k-distance', 'k-distance', 'lower right')
+          'crops, sorted by k-distance', 'k-distance', 'below', ncols=3)
     return fig

@@ -9,10 +9,13 @@ __all__ = ['plot_cmc', 'distance_groups', 'plot_distances', 'confusion', 'embed_
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from ..core.figures import BLUE, INK, PALETTE, PURPLE, RED, as_array, camera_name, panels, words
+from reidnb.core.figures import (BLUE, GREEN, GREY, INK, PALETTE, PURPLE, RED, as_array, camera_name,
+    panels, words)
 from ..ranking.evaluation import Metrics
 from .sheets import check_distances
 
@@ -28,7 +31,7 @@ def plot_cmc(
     "Cumulative match curves of one or several systems"
     if isinstance(metrics, Metrics): metrics = dict(result=metrics)
     if not metrics: raise ValueError('no metrics to plot: give a dict of name -> Metrics')
-    fig,(ax,) = panels()
+    fig,(ax,) = panels(height=2.7+.17*len(metrics))
     for i,(name,m) in enumerate(metrics.items()):
         cmc = 100*m.cmc[:max_rank]
         ax.plot(range(1, len(cmc)+1), cmc, _DASHES[i//7%4], color=PALETTE[i%7], marker=_MARKS[i%7],
@@ -36,7 +39,7 @@ def plot_cmc(
                 label=f'{name}: mAP {100*m.mAP:.1f}, R1 {100*m.R1:.1f}')
     best = max(metrics, key=lambda k: metrics[k].R1)
     words(ax, title or f'{best}: {100*metrics[best].R1:.0f} % found at the first place',
-           f'rank ({_protocols(metrics)})', 'queries matched (%)', 'lower right')
+           f'rank ({_protocols(metrics)})', 'queries matched (%)', 'below')
     ax.set_ylim(None, 102)
     ax.set_xticks([1]+list(range(5, max_rank+1, 5)))
     return fig
@@ -207,45 +210,42 @@ def _neighbour_claim(points, cams, pids):
     return (f'The nearest {who} is in the same camera for {100*share:.0f} % '
             f'(by chance {100*same[others].mean():.0f} %)')
 
-# %% ../../nbs/viz/20_plots.ipynb #b63e2c2e
-def plot_training(
-    log:list, # Rows of a run: dicts with epoch, step, loss, terms, lr; others with epoch, mAP, R1
-    title:str='', # Title of the first panel; '' names first and last loss
-)->Figure: # One panel each for loss, learning rate and scores, as far as the log has them
-    "How a run went: loss and its terms, learning rate, held-out scores"
-    steps = [r for r in log if r.get('loss') is not None]
-    if not steps: raise ValueError(f'no row of the log has a loss ({len(log)} rows): nothing to draw')
-    tests, x = [r for r in log if 'mAP' in r], _epochs(steps)
-    rates = [r.get('lr') for r in steps]
-    n = 1 + (None not in rates) + bool(tests)
-    fig,axs = panels(n, 1.2+2.2*n, 3)
-    for i,term in enumerate(_terms(steps)):
-        y = np.array([r.get(term, np.nan) for r in steps], float)
-        axs[0].plot(x, y, c=PALETTE[i%7], lw=.5, alpha=.35, zorder=1, rasterized=len(x)>300)
-        few = np.unique(np.linspace(0, len(x)-1, 60).astype(int))
-        axs[0].plot(x[few], _running_mean(y)[few], _DASHES[i%4], c=PALETTE[i%7], lw=1.7,
-                    label=term.split('/')[-1])
-    total = np.array([r['loss'] for r in steps], float); total = total[np.isfinite(total)]
-    ends = [part.mean() if len(part) else np.nan for part in (total[:10], total[-10:])]
-    words(axs[0], title or f'loss from {ends[0]:.3g} to {ends[1]:.3g}', 'epoch', 'loss', 'below',
-          heading='mean (thin: steps)', ncols=3)
-    if None not in rates:
-        ten = int(np.floor(np.log10(max(max(rates), 1e-12))))
-        axs[1].plot(x, np.array(rates)/10.**ten, c=PURPLE, lw=1.5, rasterized=len(x)>300)
-        axs[1].set_ylim(0)
-        words(axs[1], 'learning rate', 'epoch', f'learning rate, in 1e{ten}')
-    if tests: _score_panel(axs[-1], tests)
-    return fig
-
 # %% ../../nbs/viz/20_plots.ipynb #c366c0ee
-_NOT_TERMS = {'epoch','step','lr','seconds','images','mAP','R1','time','loss'}
+_NOT_TERMS = {'epoch','step','lr','seconds','images','mAP','R1','time','loss','stage'}
 
-def _terms(steps):
-    "The total, and the named terms when there are several"
-    names = [k for k in dict.fromkeys(k for r in steps for k in r) if k not in _NOT_TERMS]
-    names = [k for k in names if isinstance(next(r[k] for r in steps if k in r), (int,float))]
-    return ['loss'] + names*(len(names)>1)
+class _Steps:
+    "The rows of a log that have a loss, as columns"
+    def __init__(self, rows):
+        self.rows, self.x = rows, _epochs(rows)
+        self.stage = np.array([str(r.get('stage', '')) for r in rows], object)
+        self.stages = list(dict.fromkeys(self.stage))
+        first = {k: v for r in reversed(rows) for k,v in r.items()}
+        keys = [k for k in dict.fromkeys(k for r in rows for k in r) if isinstance(first[k], (int,float))]
+        self.rates = [k for k in keys if k.split('/')[0]=='lr']
+        self.names = [k for k in keys if k not in _NOT_TERMS and k not in self.rates]
+        turns = list(dict.fromkeys(map(self.turn, self.names)))
+        self.turns = turns if len(turns)>1 else ['']
 
+    def turn(self, key):
+        "The turn of a term; '' in a method without turns"
+        return turn if f"lr/{(turn := key.split('/')[0])}" in self.rates else ''
+
+    def terms(self, turn, stage):
+        "What is drawn: the terms of a turn; in a method of one, the total and the terms when several"
+        known = {k for r,s in zip(self.rows, self.stage) if s==stage for k in r}
+        names = [k for k in self.names if k in known and (len(self.turns)<2 or self.turn(k)==turn)]
+        return names if len(self.turns)>1 else ['loss'] + names*(len(names)>1)
+
+    def column(self, key, stage=None):
+        "Values of a key in the rows of a stage (None: in all), NaN elsewhere"
+        y = np.array([r.get(key, np.nan) for r in self.rows], float)
+        return y if stage is None else np.where(self.stage==stage, y, np.nan)
+
+    def spells(self):
+        "First row of each spell of one stage, and the number of rows"
+        return [0, *(np.flatnonzero(self.stage[1:]!=self.stage[:-1])+1).tolist(), len(self.x)]
+
+# %% ../../nbs/viz/20_plots.ipynb #4ee503a8
 def _epochs(steps):
     "Where each step lies on the axis of epochs"
     epoch = np.array([r.get('epoch', 0) for r in steps])
@@ -254,20 +254,149 @@ def _epochs(steps):
     return epoch + (np.arange(len(epoch))-start[at]+1)/n[at]
 
 def _running_mean(y):
-    "Mean over a fortieth of the run on each side, shorter at the ends, NaN left out"
-    w, ok = len(y)//40, np.isfinite(y)
+    "Mean over a fortieth of the run on each side, or to the next value of a turn that skips; NaN left out"
+    ok = np.isfinite(y); skip = np.diff(np.flatnonzero(ok))
+    w = max(len(y)//40, int(np.percentile(skip, 50, method='lower'))-1 if len(skip) else 0)
     total, count = (np.r_[0, np.cumsum(v)] for v in (np.where(ok, y, 0), ok))
     a, b = np.maximum(np.arange(len(y))-w, 0), np.minimum(np.arange(len(y))+w+1, len(y))
-    return (total[b]-total[a]) / np.where(count[b]>count[a], count[b]-count[a], np.nan)
+    n = count[b]-count[a]
+    return np.where(n>0, total[b]-total[a], np.nan) / np.maximum(n, 1)
+
+def _alone(y):
+    "Places of values between two gaps, which no line would show"
+    ok = np.r_[False, np.isfinite(y), False]
+    return np.flatnonzero(ok[1:-1] & ~ok[:-2] & ~ok[2:]).tolist()
+
+def _plain(name):
+    "A name that matplotlib prints as it is"
+    return str(name).lstrip('_').replace('$', r'\$') or 'no stage'
+
+# %% ../../nbs/viz/20_plots.ipynb #b63e2c2e
+def plot_training(
+    log:list, # Rows of a run: dicts of a step (loss, terms, `lr` or `lr/turn`, stage), of a test (mAP, R1)
+    title:str='', # Title of the first panel; '' names first and last loss
+)->Figure: # Panels: losses (one a turn, one a stage where terms differ), rate, scores; as far as known
+    "How a run went: loss and its terms, learning rate, held-out scores"
+    rows, tests = [r for r in log if r.get('loss') is not None], [r for r in log if 'mAP' in r]
+    if not rows: raise ValueError(f'no row of the log has a loss ({len(log)} rows): nothing to draw')
+    steps = _Steps(rows)
+    losses = _layout(steps)
+    n = len(losses) + bool(steps.rates) + bool(tests)
+    wide = min(n, 3 if n!=4 else 2); high = -(-n//wide)
+    fig,axs = panels(n)
+    grid = fig.add_gridspec(high, wide); fig.get_layout_engine().set(w_pad=.08, h_pad=.08)
+    for i,ax in enumerate(axs): ax.set_subplotspec(grid[i//wide,i%wide])
+    for i,(turn,drawn) in enumerate(losses):
+        _loss_panel(axs[i], steps, drawn, (title if i==0 else '') or _course(steps, turn, drawn))
+    if steps.rates: _rate_panel(axs[len(losses)], steps)
+    if tests: _score_panel(axs[-1], tests, steps)
+    legends = [k.get_window_extent().height/fig.dpi for ax in axs if (k := ax.get_legend())]
+    fig.set_size_inches(1.2+2.2*wide, high*(2.6+max(legends)))
+    return fig
+
+# %% ../../nbs/viz/20_plots.ipynb #1b8ac24a
+def _layout(steps):
+    "Panels of losses, as pairs of a turn and its terms by stage"
+    out = []
+    for turn in steps.turns:
+        drawn = {k: names for k in steps.stages if (names := steps.terms(turn, k))}
+        alike = len(set(map(tuple, drawn.values())))<2
+        if len(drawn)<2 or alike and sum(map(len, drawn.values()))<7: out.append((turn, drawn))
+        else: out += [(turn, {k: names}) for k,names in drawn.items()]
+    return out
+
+def _course(steps, turn, drawn):
+    "The sentence above a panel of losses"
+    split = len(steps.stages)>1 and len(drawn)==1
+    name = ', '.join(_plain(k) for k in [turn]*bool(turn) + [*drawn]*split)
+    if turn:
+        here = sum(any(k in r for k in drawn.get(s, ())) for r,s in zip(steps.rows, steps.stage))
+        return f'{name}: in {here:,} of {len(steps.rows):,} steps'
+    ends = {k: _ends(steps.column('loss', k)) for k in drawn}
+    if len(drawn)==1: return f'{name}: '*split + f'loss from {ends[[*drawn][0]]}'
+    if len(drawn)>3: return f'loss in {len(drawn)} stages'
+    return 'loss: ' + ', '.join(f'{_plain(k)} {v}'.replace(' ', '\xa0') for k,v in ends.items())
+
+def _ends(y):
+    "Mean of the first and the last ten values; zeros before the first loss, of an empty memory, do not count"
+    y = y[np.isfinite(y)]; y = y[np.argmax(y!=0):] if y.any() else y
+    return ' to '.join(f'{part.mean():.3g}' for part in (y[:10], y[-10:])) if len(y) else 'nowhere'
+
+# %% ../../nbs/viz/20_plots.ipynb #dd6ca166
+def _loss_panel(ax, steps, drawn, title):
+    "Curves of one panel: colour and dash are the term, or with several stages the colour is the stage"
+    s, handles, several = steps.spells(), {}, len(drawn)>1
+    few = np.unique(np.concatenate([np.linspace(a, b-1, max(2, 60*(b-a)//s[-1])).astype(int)
+                                    for a,b in zip(s, s[1:])]))
+    for i,(stage,terms) in enumerate(drawn.items()):
+        for j,term in enumerate(terms):
+            k = j if len(terms)>1 or not several else i
+            y, style = steps.column(term, stage), dict(c=PALETTE[(i if several else j)%7])
+            mean = np.where(steps.stage==stage, _running_mean(y), np.nan)[few]
+            ax.plot(steps.x, y, lw=.5, alpha=.35, zorder=1, **style, **_dots(y, '.'))
+            line, = ax.plot(steps.x[few], mean, _DASHES[k%4], lw=1.7, **style, **_dots(mean, _MARKS[k%7]))
+            name = [stage]*several + [term.split('/')[-1]]*(not several or len(terms)>1)
+            handles[': '.join(map(_plain, name))] = (*_tones(steps, [stage]).values(), line)
+    dots = ', dots'*any(line.get_markevery() for line in ax.lines[::2])
+    words(ax, title, 'epoch', 'loss', 'below', f'mean (thin{dots}: steps)', 38, **_entries(handles))
+    _ground(ax, steps)
+
+def _dots(y, mark):
+    "Style of a line: marks where a value stands alone, pixels when it is long"
+    alone = _alone(y)
+    return dict(marker=mark if alone else '', markevery=alone, ms=3.5, mew=0, rasterized=len(y)>300)
+
+def _entries(handles):
+    "Entries of a legend below a panel, as many side by side as fit"
+    side = min(40//(5+max(map(len, handles))), 2 if len(handles)==4 else 3)
+    return dict(handles=[*handles.values()], labels=[*handles], ncols=max(1, side))
+
+# %% ../../nbs/viz/20_plots.ipynb #7bd0937a
+def _tones(steps, stages):
+    "Grounds of stages, none for a method without stages"
+    grey = np.linspace(0, .35, len(steps.stages)) if len(steps.stages)>1 else []
+    return {_plain(k): Patch(fc=to_rgba(GREY, v), ec=GREY, lw=.4)
+            for k,v in zip(steps.stages, grey) if k in stages}
+
+def _ground(ax, steps):
+    "Tint the epochs of each stage but the first, and show the whole run"
+    s, limits = steps.spells(), ax.axis()
+    edge = np.r_[np.ceil(steps.x[0])-1, steps.x[np.array(s[1:])-1]]; pad = .03*(edge[-1]-edge[0])
+    for stage,patch in zip(steps.stages[1:], [*_tones(steps, steps.stages).values()][1:]):
+        bars = [(edge[i], edge[i+1]-edge[i]) for i,a in enumerate(s[:-1]) if steps.stage[a]==stage]
+        ax.broken_barh(bars, (0,1), transform=ax.get_xaxis_transform(), fc=patch.get_facecolor(), lw=0,
+                       zorder=0, rasterized=len(s)>300)
+    if len(steps.stages)>1: ax.axis((min(limits[0], edge[0]-pad), max(limits[1], edge[-1]+pad), *limits[2:]))
+
+def _rate_panel(ax, steps):
+    "The learning rate, one line a turn and a stage; a turn keeps its rate while it is skipped"
+    turns, stages, handles = len(steps.rates)>1, len(steps.stages)>1, {}
+    ten = int(np.floor(np.log10(max(np.nan_to_num([*map(steps.column, steps.rates)]).max(), 1e-12))))
+    for i,k in enumerate(steps.rates):
+        for j,stage in enumerate(steps.stages):
+            y = steps.column(k, stage)/10.**ten
+            keep = np.isfinite(y) | (steps.stage!=stage) | (k=='lr')
+            colour = PALETTE[j%7] if stages and not turns else [PURPLE,GREEN,BLUE,RED][i%4]
+            line, = ax.plot(steps.x[keep], y[keep], _DASHES[(i if turns else j)%4], c=colour, lw=1.5,
+                            **_dots(y[keep], 'o'))
+            if turns: handles.setdefault(_plain(k[3:]), line)
+            elif stages: handles[_plain(stage)] = (*_tones(steps, [stage]).values(), line)
+    ax.set_ylim(0)
+    handles |= _tones(steps, steps.stages if turns else [])
+    legend = dict(legend='below', **_entries(handles)) if handles else {}
+    words(ax, 'learning rate', 'epoch', f'learning rate, in 1e{ten}', **legend)
+    _ground(ax, steps)
 
 # %% ../../nbs/viz/20_plots.ipynb #8895511b
-def _score_panel(ax, tests):
+def _score_panel(ax, tests, steps):
     "mAP and rank-1 after each evaluated epoch"
-    x = [r.get('epoch', i)+1 for i,r in enumerate(tests)]
+    x, handles = [r.get('epoch', i)+1 for i,r in enumerate(tests)], {}
     for i,k in enumerate(('mAP','R1')):
-        if all(k in r for r in tests):
-            ax.plot(x, [100*r[k] for r in tests], 'os'[i]+'-', c=PALETTE[i*2], ms=4, label=k)
+        if any(k in r for r in tests):
+            y = [100*r.get(k, np.nan) for r in tests]
+            handles[k], = ax.plot(x, y, 'os'[i]+'-', c=PALETTE[i*2], ms=4, label=k)
     best = max(tests, key=lambda r: r['mAP'])
     ax.set_ylim(0, 100)
     words(ax, f"best mAP {100*best['mAP']:.1f} %, epoch {best.get('epoch', 0)+1}", 'epoch',
-           'held-out score (%)', 'below', ncols=2)
+          'held-out score (%)', 'below', wrap=38, **_entries(handles | _tones(steps, steps.stages)))
+    _ground(ax, steps)
