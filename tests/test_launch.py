@@ -45,7 +45,7 @@ def one(tmp_path_factory):
     out = tmp_path_factory.mktemp('one')
     r = typed(sys.executable, '-m', 'reidnb', *TRAIN, '--out', out)
     assert r.returncode == 0, r.stderr
-    assert re.fullmatch(r'1 process on the CPU, \d+ threads?', r.stdout.splitlines()[0])
+    assert re.fullmatch(r'baseline-small on world:campus: 1 process on the CPU, \d+ threads?', r.stdout.splitlines()[0])
     return out
 
 
@@ -56,7 +56,7 @@ def test_two_processes_train_one_network(launch, module, one, tmp_path):
     r = launch(*module, *TRAIN, '--out', tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
     said = r.stdout.splitlines()
-    assert re.fullmatch(r'2 processes on the CPU, \d+ threads? each', said[0]), said[0]
+    assert re.fullmatch(r'baseline-small on world:campus: 2 processes on the CPU, \d+ threads? each', said[0]), said[0]
     assert r.stdout.count('after training') == r.stdout.count('ReIDData') == 1
     assert 'OMP_NUM_THREADS/MKL_NUM_THREADS' not in r.stderr
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in one.iterdir()}

@@ -89,6 +89,18 @@ def _with_recipes(
     train.__annotations__['recipe'] = train.__dataclass_fields__['recipe'].type = kinds
     return train
 
+# %% ../../nbs/practice/40_cli.ipynb #97ee64b3
+def _begin(
+    what:str, # What is done, for the first line
+): # Whether this process speaks; a function that prints a line if it does
+    "Join the processes of a launcher and say how many there are"
+    from reidnb.core.distributed import describe_world, join_processes
+    main = join_processes()[0]==0
+    def say(*lines):
+        if main: print(*lines, sep='\n', flush=True)
+    say(f'{what}: {describe_world()}')
+    return main, say
+
 # %% ../../nbs/practice/40_cli.ipynb #03aa864a
 @dataclass(kw_only=True)
 class Train(DataOptions):
@@ -103,14 +115,11 @@ class Train(DataOptions):
 
     def run(self):
         "Open the data, check them, train, test, and say what was left where"
-        from reidnb.core.distributed import describe_world, join_processes
         from reidnb.data.checks import check
         from reidnb.practice.experiments import report_run, run_experiment
-        main = join_processes()[0]==0
-        say = (lambda line: print(line, flush=True)) if main else (lambda line: None)
+        main, say = _begin(f'{self.recipe[0]} on {" from ".join([self.data, *self.source])}')
         name, settings = self.recipe
         out = self.folder(name)
-        say(f'{name} on {" from ".join([self.data, *self.source])}: {describe_world()}')
         data, source = self.open(settings.height), self.open_sources(settings.height)
         for line in (data, *(source or ()), *check(data)): say(line)
         r = run_experiment(name, data, out, settings, source=source, start=self.start or None, say=say,
@@ -119,7 +128,7 @@ class Train(DataOptions):
         before = [f'before training  {r.before.scores}'] if r.before else []
         after = [f'after training   {r.metrics}'] if r.metrics else ['no test part: nothing was scored']
         made = 'model, log, card and report' if self.report and r.after else 'model, log and card'
-        return '\n'.join([*before, *after, f'{made} are in {out}'])
+        return '\n'.join([*before, *after, f'{made} are in {out}'])*main
 
 # %% ../../nbs/practice/40_cli.ipynb #615cee78
 @patch
@@ -263,16 +272,17 @@ class Demo:
         from reidnb.practice.experiments import report_run, run_experiment
         from reidnb.practice.gallery import Gallery
         from reidnb.world.sites import make_site
-        start = time.perf_counter()
-        print(f'1/4 rendering {self.site}: people, cameras, walks ...', flush=True)
+        start, (main, say) = time.perf_counter(), _begin(f'demo on {self.site}')
+        say(f'1/4 rendering {self.site}: people, cameras, walks ...')
         data = make_site(self.site, n_train=self.people, n_test=self.people, seed=self.seed)
-        print(data, f'2/4 training for {self.epochs} epochs ...', sep='\n', flush=True)
+        say(data, f'2/4 training for {self.epochs} epochs ...')
         _, settings = recipe('baseline-small', epochs=self.epochs, seed=self.seed)
         r = run_experiment('baseline-small', data, self.out, settings, resume=not self.fresh)
-        print('3/4 searching one person across the cameras ...', flush=True)
+        say('3/4 searching one person across the cameras ...')
+        if not main: return ''
         gallery = Gallery.build(r.method, data.gallery)
         hits = gallery.search(data.query[[0]], 5, exclude_same=['camera'], per='camera')
-        print(hits, '4/4 writing the report ...', sep='\n', flush=True)
+        say(hits, '4/4 writing the report ...')
         report = report_run(r, data)
         return (f'before training  {r.before.scores}\nafter training   {r.metrics}\n'
                 f'report: {report}  ({time.perf_counter()-start:.0f} s in all)')
@@ -342,7 +352,9 @@ def main(
     words = list(sys.argv[1:] if args is None else args)
     while words[:1]==['--plugins'] and len(words)>1: _add_plugin(words[1]); words = words[2:]
     command = _parse(words)
-    try: print(command.run())
+    try:
+        if isinstance(command, (Train, Demo)): from reidnb.core.distributed import relaunch; relaunch()
+        if said := command.run(): print(said)
     except KeyboardInterrupt:
         more = '; the same command, without --fresh, goes on from the last finished epoch'
         print('\nstopped' + more*isinstance(command, (Train, Demo)), file=sys.stderr)
