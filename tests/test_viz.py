@@ -431,13 +431,16 @@ def run_of_stages(terms, turns):
                  **{k: j+e/9. for j, k in enumerate(names)}) for e in range(9)]
 
 
-@pytest.mark.parametrize('terms', [['ce'], ['ce', 'triplet'], ['a long name of a term', 'ce', 'triplet']])
+@pytest.mark.parametrize('terms', [['ce'], ['ce', 'triplet'], ['a long name of a term', 'ce', 'triplet'],
+                                   [f'a long name of term {k}' for k in range(12)]])
 @pytest.mark.parametrize('turns', [False, True])
 def test_no_legend_lies_on_a_panel(terms, turns):
     m = evaluate(dist, query.pids, gallery.pids, query.cams, gallery.cams)
     for fig in (plot_training(run_of_stages(terms, turns)), plot_cmc({'a': m, 'a name of many letters': m, 'b': m}),
                 plot_eps([.1, .2, .3, .9], .2)):
-        fig.draw_without_rendering()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')               # a panel that its legend leaves no room
+            fig.draw_without_rendering()
         legends = [ax.get_legend().get_window_extent() for ax in fig.axes if ax.get_legend()]
         assert legends and not any(k.overlaps(ax.get_window_extent()) for k in legends for ax in fig.axes)
         assert not any(a.overlaps(b) for i, a in enumerate(legends) for b in legends[:i])
