@@ -8,9 +8,11 @@ __all__ = ['rank_size', 'on_cpu', 'join_processes', 'accelerator_options', 'chec
            'global_batch_norm']
 
 # %% ../../nbs/core/20_distributed.ipynb #6d69f5ee
+import atexit
 import os
 import sys
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import psutil
@@ -75,15 +77,20 @@ def _share_cores(
     torch.set_num_threads(threads)
 
 # %% ../../nbs/core/20_distributed.ipynb #e0293969
+def _leave(): # a thread of gloo that outlives Python ends the process with `terminate called`
+    if dist.is_initialized(): dist.destroy_process_group()
+
 def _open_group(
     told:dict, # What the launcher said
-)->None: # Nothing
+)->None: # Nothing of use
     "Initialise torch.distributed for this process"
     seconds = os.environ.get('REIDNB_TIMEOUT', '600')
     if not (seconds.replace('.', '', 1).isdigit() and float(seconds)>0): raise ValueError(
         f'REIDNB_TIMEOUT is {seconds!r}, it must be a number of seconds above 0')
     wait, local = timedelta(seconds=float(seconds)), told['LOCAL_RANK']
-    if on_cpu(): return dist.init_process_group('gloo', timeout=wait)
+    if on_cpu():
+        dist.init_process_group('gloo', timeout=wait)
+        return atexit.register(_leave)
     if local>=torch.cuda.device_count(): raise ValueError(
         f'{told["LOCAL_WORLD_SIZE"]} processes on this machine and {torch.cuda.device_count()} GPUs: '
         f'start as many as GPUs, or set ACCELERATE_USE_CPU=true to train on the CPU')
@@ -239,7 +246,21 @@ def _buckets(
         filling[kind][1] += size
     return out
 
-def _flat(bucket): return torch.cat([x.reshape(-1) for x in bucket])
+# %% ../../nbs/core/20_distributed.ipynb #6c7ab098
+_kept = torch.empty(0, dtype=torch.uint8)   # on a CPU half of the time would go into fresh memory
+
+def _flat(
+    buckets:list[list[Tensor]], # What `_buckets` returned
+)->list[Tensor]: # Each bucket end to end; on a CPU in memory that the next call uses again
+    "Lay buckets end to end"
+    global _kept
+    sizes = [sum(x.numel() for x in b)*b[0].element_size() for b in buckets]
+    starts = [0, *accumulate(-(-n//64)*64 for n in sizes)]   # any type may begin at 64 bytes
+    if len(_kept)<starts[-1] and any(b[0].is_cpu for b in buckets):
+        _kept = torch.empty(starts[-1], dtype=torch.uint8)
+    place = lambda b, i, n: _kept[i:i+n].view(b[0].dtype) if b[0].is_cpu else None
+    parts = zip(buckets, starts, sizes)
+    return [torch.cat([x.reshape(-1) for x in b], out=place(b, i, n)) for b,i,n in parts]
 
 def _unflat(
     bucket:list[Tensor], # Tensors, filled in place
@@ -255,14 +276,14 @@ def average_gradients(
 )->None: # Nothing; their `grad` is the mean over processes
     "Mean of the gradients over all processes, in place; called right before the step"
     world = rank_size()[1]
-    params = list(dict.fromkeys(params))
+    params = list(params)
     if world==1 or not params: return
     some = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
     dist.all_reduce(some, dist.ReduceOp.MAX)
     for p,here in zip(params, some.tolist()):
         if here and p.grad is None: p.grad = torch.zeros_like(p)
     buckets = _buckets([p.grad for p in params if p.grad is not None])
-    flats = [_flat(b).div_(world) for b in buckets]   # divided first: a sum of fp16 could overflow
+    flats = [f.div_(world) for f in _flat(buckets)]   # divided first: a sum of fp16 could overflow
     for work in [dist.all_reduce(f, async_op=True) for f in flats]: work.wait()
     for b,f in zip(buckets, flats): _unflat(b, f)
 
@@ -284,7 +305,7 @@ def broadcast_state(
             f'{other.get(wrong[0])} in process {rank} ({len(wrong)} such tensors)')
         if list(other)!=list(theirs[0]): raise ValueError(f'process {rank} has its tensors in another order')
     buckets = _buckets([v.detach() for v in state.values()])
-    flats = [_flat(b) for b in buckets]
+    flats = _flat(buckets)
     sent = [dist.broadcast(f.view(torch.uint8), 0, async_op=True) for f in flats]   # bytes: of any type
     for work in sent: work.wait()
     for b,f in zip(buckets, flats): _unflat(b, f)
