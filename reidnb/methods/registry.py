@@ -89,5 +89,6 @@ def register_method(
         settings(**differ)   # wrong settings show here, not when a run begins
         RECIPES[name] = Recipe(cls, settings, differ)
         register_classes(cls, settings)
+        cls.settings_class = settings
         return cls
     return add

@@ -10,13 +10,14 @@ import json
 import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import tyro
 from fastcore.basics import patch
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional, UseAppendAction, subcommand
 
 # %% ../../nbs/practice/40_cli.ipynb #d26ebe19
 @dataclass(kw_only=True)
@@ -106,7 +107,7 @@ def _begin(
 class Train(DataOptions):
     "Train a recipe, test it, and leave model, log, result card and report in a folder"
     recipe:tuple # Method and size, then its settings
-    source:tuple[str, ...]=() # Labelled data to adapt from, such as `world:station`; several are joined
+    source:UseAppendAction[tuple[str, ...]]=() # Labelled data to adapt from (`world:station`); several: repeat it
     start:str='' # Begin with the weights of this run, model or weight file
     out:str='' # Folder of the run; by default `runs/RECIPE-DATA`
     fresh:bool=False # Start anew although the folder holds a run
@@ -117,7 +118,8 @@ class Train(DataOptions):
         "Open the data, check them, train, test, and say what was left where"
         from reidnb.data.checks import check
         from reidnb.practice.experiments import report_run, run_experiment
-        main, say = _begin(f'{self.recipe[0]} on {" from ".join([self.data, *self.source])}')
+        main, say = _begin(
+            f'{self.recipe[0]} on {self.data}' + f' from {" and ".join(self.source)}'*bool(self.source))
         name, settings = self.recipe
         out = self.folder(name)
         data, source = self.open(settings.height), self.open_sources(settings.height)
@@ -146,7 +148,8 @@ def open_sources(self:Train,
     "The labelled people to adapt from"
     from reidnb.practice.opening import open_source
     size = dict(n_train=self.train_people, n_test=self.test_people, full=self.full, height=height)
-    return [open_source(self.source, seed=self.data_seed, **size)] if self.source else None
+    if not self.source: return None
+    return [open_source(self.source, seed=self.data_seed, **size).replace(name=' + '.join(self.source))]
 
 # %% ../../nbs/practice/40_cli.ipynb #a3a1efaf
 def _other_split(
@@ -332,6 +335,9 @@ def _mendable(
 )->bool: # True: its message says what to do
     "Whether a user can mend an error"
     known = isinstance(e, (ValueError, OSError, ImportError))
+    for last in traceback.extract_tb(e.__traceback__)[-1:]:   # a slip of a plugin, which nobody raised: show where
+        ours = 'reidnb' in Path(last.filename).parts or 'raise ' in (last.line or 'raise ')
+        if isinstance(e, ValueError) and not ours: return False
     return known or type(e).__name__=='NonFiniteLoss'   # defined in the loop, which may not be loaded
 
 # %% ../../nbs/practice/40_cli.ipynb #1e142b4e

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core.checkpoints import seed_everything
-from ..core.distributed import join_processes, rank_size
+from ..core.distributed import join_processes, on_cpu, rank_size
 from ..data.checks import check, data_facts
 from ..data.crops import Crops, ReIDData
 from ..data.splits import join, reserve
@@ -49,7 +49,7 @@ class Result:
 def device(
 )->str: # This process's GPU, or `cpu`
     "Where to compute"
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'
+    return 'cpu' if on_cpu() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 def _made_before(
     out:Path, # Folder of a run
@@ -73,8 +73,11 @@ def _source_table(
     if 'source' not in inspect.signature(cls.__init__).parameters:
         raise ValueError(f'{name} learns from one table: it takes no source')
     parts = source if isinstance(source, (list, tuple)) else [source]
+    wrong = [x for x in parts if not isinstance(x, (Crops, ReIDData))]
+    if wrong: raise TypeError(f'source {wrong[0]!r}: give tables or data sets; '
+                              f'`reidnb.practice.opening.open_source` opens them by name')
     parts = [ReIDData(train=x, name=x.name) if isinstance(x, Crops) else x for x in parts]
-    return (join(*parts, name=' + '.join(p.name for p in parts)),)
+    return (join(*parts, name=' + '.join(p.name or f'source {k+1}' for k,p in enumerate(parts))),)
 
 def _card(
     name:str, # Recipe
@@ -121,7 +124,7 @@ def run_experiment(
     seed_everything(s.seed)
     method = cls(s, used.train, *second)
     facts = {'source': _table_facts(x) for x in second}
-    if start: facts['start'] = str(start_from(method, start)); say(facts['start'])
+    if start: method.began = str(start_from(method, start)); say(method.began)
     method.to(device())
     tested = data.query is not None and data.gallery is not None
     first = rank(method, data) if before and tested else None
@@ -133,6 +136,7 @@ def run_experiment(
     seconds = dict(prepare=prepared, test=time.perf_counter()-clock,
                    train=sum(r['seconds'] for r in log if 'images' in r))   # of all sittings
     scores = {k: o.scores.to_dict() for k,o in (('before', first), ('after', last)) if o is not None}
+    if method.began: facts['start'] = method.began
     card = _card(name, s, data, scores, seconds, facts) | _made_before(Path(out), log, earlier)
     if last: last.log, last.card = log, card
     if rank_size()[0]==0: write_card(card, Path(out)/'card.json')

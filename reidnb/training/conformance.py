@@ -62,11 +62,11 @@ _SMALL = dict(backbone='small', weights='none', height=64, width=32, p=4, k=2, b
               iterations=4, warmup=1, steps=(), lr=1e-3, k1=10, k2=3, eps=.5)
 
 def small_settings(
-    cls:type, # Class of methods; `__init__` names the class of its settings
+    cls:type, # Class of methods; `__init__` or `register_method` names the class of its settings
     **changes, # Settings that differ from the small ones
 )->Settings: # Small enough for a check
     "Settings with which a method trains in a second"
-    kind = get_type_hints(cls.__init__).get('settings', Settings)
+    kind = get_type_hints(cls.__init__).get('settings', getattr(cls, 'settings_class', Settings))
     kind = kind if isinstance(kind, type) and issubclass(kind, Settings) else Settings
     names = {f.name for f in fields(kind)}
     return kind(**{k: v for k,v in _SMALL.items() if k in names} | changes)
@@ -105,7 +105,7 @@ class _Bench:
         "The run that nothing stops: its method and its folder; made once"
         if not hasattr(self, '_whole'):
             m, out = self.build(), self.out()
-            self.fit(m, out)
+            with _watched() as self.seen: self.fit(m, out)
             self._whole = m, out
         return self._whole
 
@@ -138,13 +138,16 @@ def _hooked(handle):
 
 @contextmanager
 def _watched(lr=None):
-    "Gradients as each step meets them: a list of (turn, tensors or None: no step); `lr` replaces all rates"
+    "Gradients as each step meets them: (turn, name -> gradient, or None: no step; stage); `lr` replaces all rates"
     seen, step, rates = [], Turns.step, Turns.set_rates
     def watch(self, turn, *args, **kwargs):
-        copy = lambda p: None if p.grad is None else p.grad.clone()
-        note = lambda *_: seen.append((turn, [copy(p) for p in self.params(turn)]))   # averaged already
+        def note(*_):   # averaged already
+            names = {id(p): k for k,p in self.method.named_parameters()}
+            held = [p for p in self.params(turn) if id(p) in names]   # not what was replaced since
+            grads = {names[id(p)]: None if p.grad is None else p.grad.clone() for p in held}
+            seen.append((turn, grads, self.method.stage))
         with _hooked(register_optimizer_step_pre_hook(note)): made = step(self, turn, *args, **kwargs)
-        if not made: seen.append((turn, None))
+        if not made: seen.append((turn, None, self.method.stage))
         return made
     def rate(self, n):
         out = rates(self, n)
@@ -181,16 +184,55 @@ def _before(b):
     except Exception as e: raise AssertionError(f'loss before epoch: {type(e).__name__}: {e}') from e
     right = terms(begun)
     assert found.keys()==right.keys() and all(torch.allclose(found[k], right[k]) for k in found), \
-        'loss before epoch gives another value than after it and says nothing: ask for self.n in loss'
+        'loss before epoch gives another value than after it and says nothing: call self.need_epoch() in loss'
     return 'needs no epoch'
 
 def _trains(b):
     "A run ends with finite losses"
-    rows = [r for r in read_log(b.whole()[1]) if 'loss' in r]
+    m, out = b.whole()
+    rows, moved = [r for r in read_log(out) if 'loss' in r], {t for t,g,_ in b.seen if g is not None}
+    idle = [t for t in m.turns if t not in moved]
+    assert not idle, f'turn {idle[0]!r} made no step in the whole run'
     stages = dict.fromkeys(r['stage'] for r in rows if 'stage' in r)
     return f'{len(rows)} steps' + (f', stages {", ".join(stages)}' if stages else '')
 
 # %% ../../nbs/training/70_conformance.ipynb #df1ea263
+def _learns(b):
+    "Every parameter that an optimiser holds has a gradient at some time, unless it is frozen"
+    b.whole()
+    held = dict.fromkeys(k for _,g,_ in b.seen if g for k in g)
+    idle = [k for k in held if not any(g and g.get(k) is not None for _,g,_ in b.seen)]
+    assert not idle, f'no loss reaches {", ".join(idle[:3])}: freeze it, or leave it out'
+    return f'{len(held)} parameters'
+
+def _pure(b):
+    "`loss` can be asked twice: it moves nothing but batch-norm statistics"
+    m = b.build()
+    batch = next(iter(m.epoch(0)), None)
+    if batch is None: return None
+    fixed = lambda: {k: v.clone() for k,v in m.named_buffers() if 'running_' not in k and 'num_batches' not in k}
+    def terms():
+        torch.manual_seed(0)
+        one = copy.deepcopy(batch)
+        return {f'{t}/{k}': v.detach() for t in m.turns for k,v in m(one, t).items()}
+    before, first, second = fixed(), terms(), terms()
+    moved = [k for k,v in fixed().items() if not _same(v, before[k])]
+    assert not moved, f'loss changes {moved[0]}: memories move in after_batch, teachers in after_step'
+    wrong = [k for k in first if not torch.allclose(first[k], second[k], atol=1e-6)]
+    assert not wrong, f'{wrong[0]} is {first[wrong[0]]:.6g}, and {second[wrong[0]]:.6g} when asked again'
+    return f'{len(first)} terms'
+
+def _draws(b):
+    "Epochs and seeds draw other batches"
+    def rows(m, n): return [x.index.tolist() for x in m.epoch(n)]
+    m = b.build()
+    a, c, d = rows(m, 0), rows(m, 1), rows(b.build(seed=b.settings.seed+1), 0)
+    if not a: return None
+    assert a!=c, 'epoch 1 has the batches of epoch 0: a sampler that does not hear set_epoch'
+    assert a!=d, 'another seed has the same batches: give the sampler seed=settings.seed'
+    return f'{len(a)} batches'
+
+# %% ../../nbs/training/70_conformance.ipynb #e239c6c3
 def _saved(b):
     "A model file gives the same features"
     m, out = b.whole()
@@ -200,7 +242,10 @@ def _saved(b):
     if type(m).embed is Method.embed: return 'state; no features'
     f, g = (x.eval().extract(b.crops) for x in (m, back))
     assert torch.equal(f, g), 'features differ after save_model and load_model'
-    with torch.no_grad(): d, e = m.distance(f[:4], f), back.distance(g[:4], g)
+    some = m.extract(b.crops, batch_size=5)
+    assert torch.allclose(some.float(), f.float(), rtol=1e-2, atol=1e-3), 'a feature depends on the crops beside it'
+    with torch.no_grad(): d, e, rest = m.distance(f[:4], f), back.distance(g[:4], g), m.distance(f[2:4], f)
+    assert torch.allclose(rest, d[2:], atol=1e-4), 'a distance depends on the queries beside it'
     assert torch.equal(d, e), 'distances differ after save_model and load_model'
     return f'{len(f)} features of {f.shape[1]}'
 
@@ -230,28 +275,33 @@ def _resumes(b):
     return f'stopped in epochs {", ".join(map(str, dict.fromkeys(steps)))}'
 
 # %% ../../nbs/training/70_conformance.ipynb #2a972241
+def _per_epoch(m): # Batches of each epoch
+    return np.diff([*m.at, m.n_batches]).tolist()
+
 def _accumulates(b):
     "A step of two batches has the mean of their gradients; memories follow batches, teachers follow steps"
     class Counted(b.cls):
         "Counts"
         n_batches = n_steps = 0
+        def epoch(self, n):
+            vars(self).setdefault('at', []).append(self.n_batches)
+            return super().epoch(n)
         def after_batch(self, batch): super().after_batch(batch); self.n_batches += 1
         def after_step(self): super().after_step(); self.n_steps += 1
     runs = []
     for accumulate in (1, 2):
-        m = b.build(Counted, epochs=1, accumulate=accumulate, clip=0., precision='no')
+        m = b.build(Counted, accumulate=accumulate, clip=0., precision='no')
         with _watched(lr=0.) as seen: b.fit(m)
         runs.append((m, seen))
     (one, each), (two, pairs) = runs
     assert one.n_batches==two.n_batches, f'after_batch: {one.n_batches} times, accumulated {two.n_batches}'
-    most = -(-two.n_batches//2)
+    most = sum(-(-n//2) for n in _per_epoch(two))
     assert two.n_steps<=most, f'after_step: {two.n_steps} times for {most} steps: teachers follow steps'
     if one.n_batches<2: return None
     for turn in one.turns:
-        a, c = ([g for t,g in x if t==turn] for x in (each, pairs))
-        if c[0] is None: continue
-        zero = [None]*len(c[0])
-        for x,y,z in zip(a[0] or zero, a[1] or zero, c[0]):
+        a, c = ([g for t,g,_ in x if t==turn] for x in (each, pairs))
+        for k,z in (c[0] or {}).items():
+            x, y = ((g or {}).get(k) for g in a[:2])
             parts = [t for t in (x, y) if t is not None]
             mean = sum(parts)/2 if parts else None
             assert (mean is None)==(z is None) and (z is None or (mean-z).norm()<=1e-4*(1e-3+z.norm())), \
@@ -263,7 +313,7 @@ def _workers(b):
     "Loader processes change nothing"
     logs = []
     for n in (0, 2):
-        m = b.build(epochs=1, workers=n)
+        m = b.build(epochs=min(2, b.settings.epochs), workers=n)
         logs.append(_plain(b.fit(m)))
     assert _same(*logs), 'another log with 2 loader processes'
     return '0 and 2 loader processes'
@@ -276,15 +326,21 @@ def _half(b):
 
 def _frozen(b):
     "What is frozen stays as it was, statistics too"
-    m = b.build(epochs=1)
-    before = {k: v.clone() for k,v in m.state_dict().items()}
-    held = set(m.frozen)
+    class Seen(b.cls):
+        "Notes what a module was when it froze, and whether it moved"
+        def after_batch(self, batch):
+            was, moved = vars(self).setdefault('was', {}), vars(self).setdefault('moved', [])
+            for name in [*was]: was.pop(name) if name not in self.frozen else None
+            for name in self.frozen:
+                now = {k: v.clone() for k,v in self.get_submodule(name).state_dict().items()}
+                moved += [f'{name}.{k}' for k,v in was.setdefault(name, now).items() if not _same(v, now[k])]
+            super().after_batch(batch)
+    m = b.build(Seen)
+    for name in m.frozen: vars(m).setdefault('was', {})[name] = copy.deepcopy(m.get_submodule(name).state_dict())
     b.fit(m)
-    names = tuple(f'{k}.' for k in held & m.frozen)
-    if not names: return None
-    moved = [k for k,v in m.state_dict().items() if k.startswith(names) and not _same(v, before[k])]
+    moved = list(dict.fromkeys(vars(m).get('moved', ())))
     assert not moved, f'frozen, yet changed: {", ".join(moved[:3])}'
-    return ', '.join(sorted(held & m.frozen))
+    return ', '.join(sorted(m.was)) or None
 
 # %% ../../nbs/training/70_conformance.ipynb #ee6975de
 def _tables(crops):
@@ -301,9 +357,10 @@ def _speaks(b, name, **tables):
         where = traceback.extract_tb(e.__traceback__)[-1].filename
         libraries = tuple(str(Path(x.__file__).parent) for x in (torch, np))
         ours = not where.startswith(libraries) and ('site-packages' not in where or 'reidnb' in where)
-        assert ours, f'{name}: an error from inside {Path(where).name}: {e}'
+        assert ours, (f'a table with {name}: an error from inside {Path(where).name}: {e}. Say what is missing '
+                      f'in a ValueError of your own, in __init__')
         return f'{name} refused'
-    except Exception as e: raise AssertionError(f'{name}: {type(e).__name__}: {e}') from e
+    except Exception as e: raise AssertionError(f'a table with {name}: {type(e).__name__}: {e}') from e
     return name
 
 def _poor_tables(b):
@@ -315,19 +372,22 @@ def _poor_tables(b):
 
 # %% ../../nbs/training/70_conformance.ipynb #69d74efb
 def _smooth(net):
-    "A smooth function in the place of every ReLU"
+    "A smooth function in the place of every ReLU, and no dropout: its masks differ between processes"
     for m in [*net.modules()]:
         for k,child in m.named_children():
             if isinstance(child, (nn.ReLU, nn.LeakyReLU)): setattr(m, k, nn.SiLU())
+            if isinstance(child, nn.Dropout): child.p = 0.
     return net
 
 def _still_run(b, out):
-    "A run that is continuous in rounding; its log and the first gradient of each turn"
-    still = dict(epochs=min(2, b.settings.epochs), optimizer='sgd', precision='no', workers=0, clip=0.)
+    "A run that is continuous in rounding; its log and the first gradients of each turn and stage"
+    still = dict(optimizer='sgd', precision='no', workers=0, clip=0.)
     m = _smooth(b.build(**still))
     with _watched(lr=1e-5) as seen: log = b.fit(m, out)
-    moves = [(t, g) for t,g in seen if g and any(x is not None and x.any() for x in g)]
-    first = {t: next((g for name,g in moves if name==t), None) for t in m.turns}
+    first = {}
+    for turn,grads,stage in seen:
+        if grads and any(x is not None and x.any() for x in grads.values()):
+            first.setdefault(f'{turn}, stage {stage}' if stage else turn, grads)
     return log, first
 
 def _child(job, answer):
@@ -349,10 +409,12 @@ def _spread(b, world):
     job.write_bytes(pickle.dumps((sys.path, cloudpickle.dumps(bench), b.out())))
     code = f'import reidnb.training.conformance as c; c._child({str(job)!r}, {str(answer)!r})'
     env = os.environ | dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
-                            MASTER_PORT=port, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+                            MASTER_PORT=port, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
+                            REIDNB_TIMEOUT='120')
     ranks = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True,
                               env=env | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(world)]
-    errors = [p.communicate(timeout=600)[1] for p in ranks]
+    try: errors = [p.communicate(timeout=600)[1] for p in ranks]
+    finally: [p.kill() for p in ranks if p.poll() is None]
     bad = next((e for p,e in zip(ranks, errors) if p.returncode), None)
     assert bad is None, f'{world} processes: {bad.strip().splitlines()[-1]}'
     return torch.load(answer, weights_only=True)
@@ -367,17 +429,16 @@ def _processes(b, eps=1e-4):
         bad = [k for k in x if isinstance(x[k], float) and not abs(x[k]-y.get(k, np.nan))<=eps*(1+abs(x[k]))]
         assert not bad, f'step {x["step"]}: {bad[0]} {x[bad[0]]:.6g} in one process, {y.get(bad[0])} in two'
     for turn,a in first.items():
-        if a is None: continue
-        pairs = [(x, y) for x,y in zip(a, second[turn]) if x is not None]
+        pairs = [(x, second[turn][k]) for k,x in a.items() if x is not None]
         whole = torch.stack([x.norm() for x,_ in pairs]).norm()
         gap = max(float((x-y).norm()/max(x.norm(), .01*whole)) for x,y in pairs)
         assert gap<eps, f'turn {turn!r}: the first gradient differs by {gap:.2g} of its length'
     return f'{len(one)} steps, terms and first gradients within {eps:g}'
 
 # %% ../../nbs/training/70_conformance.ipynb #4434808f
-CHECKS = dict(documented=_documented, before=_before, trains=_trains, saved=_saved, resumes=_resumes,
-              accumulates=_accumulates, workers=_workers, half=_half, frozen=_frozen, tables=_poor_tables,
-              processes=_processes) # Name -> function of the bench, in the order in which they run
+CHECKS = dict(documented=_documented, before=_before, pure=_pure, draws=_draws, trains=_trains,
+              learns=_learns, saved=_saved, resumes=_resumes, accumulates=_accumulates, workers=_workers,
+              half=_half, frozen=_frozen, tables=_poor_tables, processes=_processes) # Name -> function of the bench, in the order in which they run
 
 def _result(name, bench):
     "What one check finds"

@@ -99,7 +99,9 @@ class Run:
             **accelerator_options())
         check_world(self.accelerator)
         if s.tensorboard: self.accelerator.init_trackers('tensorboard')
-        self.method, self.born = method, {k: v.shape for k,v in method.state_dict().items()}
+        self.method, odd = method, [k for k,v in method.state_dict().items() if not torch.is_tensor(v)]
+        if odd: raise TypeError(f'{odd[0]} in the state of {type(method).__name__} is no tensor, and model files '
+                                f'hold nothing else: keep it as a buffer')
         self.turns = Turns(method, self.accelerator.device, self.accelerator.scaler)
         self.prints = {k: c.fingerprint() for k,c in (('data', method.crops), ('source', method.source))
                        if c is not None}
@@ -149,9 +151,8 @@ def save(self:Run,
     if not self.main: return
     os.fsync(self.log.fileno())   # the log is on the disk before the checkpoint that counts on it
     m, scaler = self.method, self.accelerator.scaler
-    weights = m.state_dict()
-    state = dict(epoch=self.epoch, step=self.step, best=self.best, method=weights, stage=m.stage,
-                 sizes=[k for k,v in weights.items() if v.shape!=self.born.get(k)], frozen=sorted(m.frozen),
+    state = dict(epoch=self.epoch, step=self.step, best=self.best, method=m.state_dict(), stage=m.stage,
+                 frozen=sorted(m.frozen), fixed=sorted(m.fixed), began=m.began, learns=self.turns.learning(),
                  optimizers=self.turns.state_dict(), scaler=scaler.state_dict() if scaler else {}, rng=rng,
                  log=(self.out/'log.jsonl').stat().st_size, settings=asdict(m.settings), **self.prints)
     save_checkpoint(self.out/'checkpoint.pt', state)
@@ -191,6 +192,9 @@ def _same_data(
         if then.get(k)!=now.get(k): raise ValueError(
             f'{out} holds a run on other {what} (fingerprint {then.get(k)}, now {now.get(k)}): give the same '
             f'data, choose another folder, or start anew (--fresh)')
+    if (now := now.get('began')) and now!=then.get('began', ''): raise ValueError(
+        f'{out} holds a run that began with other weights ({then.get("began") or "its own"}; now {now}): '
+        f'start as it did, choose another folder, or start anew (--fresh)')
 
 # %% ../../nbs/training/60_loop.ipynb #c2c89cc1
 def _take_state(
@@ -198,12 +202,15 @@ def _take_state(
     state:dict, # A checkpoint
 )->None: # Nothing
     "Weights, sizes, stage and what is frozen, as they were when the epoch ended"
-    fit_sizes(m, {k: state['method'][k] for k in state.get('sizes', ())})
     m.before_load(state['method'])
-    m.load_state_dict(state['method'])
-    m.stage, frozen = state.get('stage', ''), set(state.get('frozen', m.frozen))
-    m.freeze(*(m.frozen-frozen), on=False)
-    m.freeze(*frozen)
+    fit_sizes(m, state['method'])
+    wrong = m.load_state_dict(state['method'], strict=False)
+    if any(wrong): raise ValueError(
+        f'the checkpoint and {type(m).__name__} as it is built differ: {", ".join(sum(wrong, [])[:3])}. Build '
+        f'what epoch() replaces in __init__ too, in any size, or in before_load(state)')
+    m.stage, m.began = state.get('stage', ''), state.get('began', '')
+    m.frozen, m.fixed = set(state.get('frozen', m.frozen)), set(state.get('fixed', m.fixed))
+    m.train(m.training)
 
 # %% ../../nbs/training/60_loop.ipynb #032db42c
 @patch
@@ -212,9 +219,10 @@ def restore(self:Run,
     "Go on from the checkpoint in the folder"
     state = load_checkpoint(self.out/'checkpoint.pt')
     _same_settings(state['settings'], self.method.settings, self.out)
-    _same_data(state, self.prints, self.out)
+    _same_data(state, self.prints | {'began': self.method.began}, self.out)
     _take_state(self.method, state)
-    self.turns.renew(*self.method.turns)
+    self.turns.renew_as(state.get('learns'))
+    self.turns.made = state['step']>0
     self.turns.load_state_dict(state['optimizers'] if 'optimizers' in state else state['optimizer'])
     if state['scaler'] and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(state['scaler'])
     self.epoch, self.step, self.best = state['epoch'], state['step'], state['best']
@@ -249,7 +257,7 @@ def train_batch(self:Run,
     m, s, terms, made = self.method, self.method.settings, {}, False
     try:
         for turn in m.turns:
-            with self.accelerator.autocast(): found = m(batch, turn)
+            with self.accelerator.autocast(): found = _terms(m, m(batch, turn))
             if found:
                 terms |= found if len(m.turns)==1 else {f'{turn}/{k}': v for k,v in found.items()}
                 self.turns.backward(turn, sum(v.float() for v in found.values()), 1/s.accumulate)
@@ -267,6 +275,35 @@ def follow(self:Run,
     self.turns.check()
     return self.turns.set_rates(self.epoch)
 
+# %% ../../nbs/training/60_loop.ipynb #3790e815
+_ROW = {'epoch', 'step', 'lr', 'stage', 'images', 'seconds'} # What the loop itself writes into a row
+
+def _terms(
+    m:Method, # The method, for the message
+    found:dict, # What its `loss` returned
+)->dict: # The same
+    "Loss terms are a dict of scalars"
+    if not isinstance(found, dict): raise TypeError(
+        f'{type(m).__name__}.loss returns {type(found).__name__}: a dict of named scalars, empty to skip the turn')
+    for k,v in found.items():
+        if not torch.is_tensor(v) or v.ndim: raise TypeError(
+            f'{type(m).__name__}.loss: {k!r} is {tuple(v.shape) if torch.is_tensor(v) else v!r}: a scalar tensor')
+        if k in _ROW or (k=='loss' and len(found)>1): raise ValueError(
+            f'{type(m).__name__}.loss: a term named {k!r} hides what the log has under that name')
+    return found
+
+def _facts(
+    m:Method, # The method; its facts are made plain
+)->dict: # Name -> number or text
+    "Facts are finite numbers or text, under names of their own"
+    for k,v in m.facts.items():
+        if k in _ROW | {'loss', 'mAP', 'R1'}: raise ValueError(f'facts: {k!r} hides what the log has of that name')
+        v = v.item() if hasattr(v, 'item') and np.size(v)==1 else v
+        if not isinstance(v, (str, int, float)) or (isinstance(v, float) and not np.isfinite(v)): raise ValueError(
+            f'facts: {k!r} is {v!r}: a finite number or text')
+        m.facts[k] = v
+    return m.facts
+
 # %% ../../nbs/training/60_loop.ipynb #dfe189f0
 def train_epoch(
     run:Run, # The run; its epoch, step and log advance
@@ -276,10 +313,16 @@ def train_epoch(
     start = time.perf_counter()
     m.train()
     m.zero_grad()
+    m.facts = {}
     hide = None if run.progress is None and run.main else not (run.progress and run.main)
-    bar = tqdm(m.epoch(run.epoch), desc=f'epoch {run.epoch+1}/{s.epochs}', leave=False, disable=hide)
+    batches = m.epoch(run.epoch)
+    if not hasattr(batches, '__iter__'): raise TypeError(
+        f'{type(m).__name__}.epoch returns {type(batches).__name__}: an iterable of Batch')
+    bar = tqdm(batches, desc=f'epoch {run.epoch+1}/{s.epochs}', leave=False, disable=hide)
     with _looking(run):
         for batch in bar:
+            if not isinstance(batch, Batch): raise TypeError(
+                f'{type(m).__name__}.epoch hands out {type(batch).__name__}: Batch(images, rows)')
             if not seen or m.renewed: lr = run.follow()
             batch, waiting = batch.to(acc.device), (waiting+1)%s.accumulate
             with safe_bf16(acc.device, s.precision): made = run.train_batch(batch, lr, not waiting)
@@ -292,7 +335,7 @@ def train_epoch(
     run.epoch += 1
     seconds = round(time.perf_counter()-start, 3)
     stage = {'stage': m.stage} if m.stage else {}
-    run.write({'epoch': run.epoch-1, 'images': seen, 'seconds': seconds, **stage, **m.facts})
+    run.write({'epoch': run.epoch-1, 'images': seen, 'seconds': seconds, **stage, **_facts(m)})
     return seen
 
 # %% ../../nbs/training/60_loop.ipynb #d8d60e92
@@ -324,7 +367,7 @@ def fit(
         if val is not None and (run.epoch%s.eval_every==0 or run.epoch==s.epochs): _validate(run, val)
         _check_weights(run)
         run.save()
-    if run.step==0: raise ValueError(f'no epoch of {s.epochs} had a batch: nothing was trained')
+    if run.step==0 or not run.turns.made: raise ValueError(f'no epoch of {s.epochs} had a batch: nothing was trained')
     run.accelerator.wait_for_everyone()
     _finish(run)
     run.accelerator.wait_for_everyone()
@@ -354,6 +397,7 @@ def _finish(run):
     if run.method.settings.select=='holdout' and best.exists():
         state = safetensors.torch.load_file(best)
         run.method.before_load(state)
+        fit_sizes(run.method, state)
         run.method.load_state_dict(state, strict=False)   # what only training needs is not in it
     run.method.eval()
     if run.main: save_model(run.method, run.out/'model.safetensors')

@@ -57,6 +57,7 @@ class Method(Trainable):
     ):
         super().__init__(settings)
         self.crops, self.source, self.facts, self.stage, self._n = crops, source, {}, '', None
+        self.began = ''   # what a warm start took, see `start_from`
 
     def epoch(self,
         n:int, # Epoch, from 0
@@ -189,11 +190,15 @@ def batches(self:Method,
     "The batches of epoch n; each process gets its part of every batch"
     self._n = n
     for x in (loader, source) if source else (loader,):
+        if not (hasattr(x.dataset, 'set_epoch') and hasattr(x.batch_sampler, 'set_epoch')): raise TypeError(
+            f'{type(x.batch_sampler).__name__} or {type(x.dataset).__name__} has no set_epoch: give a sampler '
+            f'of reidnb.data.samplers, or one with set_epoch(n), rank and world')
         x.dataset.set_epoch(n)
         x.batch_sampler.set_epoch(n)
         x.batch_sampler.rank, x.batch_sampler.world = rank_size()
     ours = (Batch(images, index) for images,index in loader)
     if source is None: return ours
     if len(loader)!=len(source): raise ValueError(
-        f'{len(loader)} batches of the crops, {len(source)} of the source: wrap a sampler in FixedLength')
+        f'{len(loader)} batches of the crops, {len(source)} of the source in epoch {n}: wrap both samplers in '
+        f'FixedLength with one number; an epoch of P x K batches is not always as long as the last')
     return (replace(b, source=Batch(*other)) for b,other in zip(ours, source, strict=True))

@@ -21,7 +21,9 @@ class Trainable(nn.Module):
         settings:Settings, # Learning rates, optimiser and their like
     ):
         super().__init__()
-        self.settings, self.frozen, self.renewed = settings, set(), set()
+        if not isinstance(self.turns, (tuple, list)): raise TypeError(
+            f'turns is {self.turns!r}: give a tuple of names')
+        self.settings, self.frozen, self.renewed, self.fixed = settings, set(), set(), set()
 
 # %% ../../nbs/training/08_trainable.ipynb #753fff18
 @patch
@@ -93,8 +95,16 @@ def freeze(self:Trainable,
     on:bool=True, # False: they learn again; call `renew` if an optimiser should hold them
 )->None: # Nothing
     "Modules that do not change: no gradient, and eval mode whatever `train` is told; a checkpoint knows them"
-    for name in names: self.get_submodule(name).requires_grad_(not on)
-    self.frozen = self.frozen | set(names) if on else self.frozen-set(names)
+    modules = dict(self.named_modules())
+    for name in names:
+        if not name or name not in modules: raise ValueError(
+            f'freeze: no module {name!r} in {type(self).__name__}; it has {", ".join(list(modules)[1:5])}, ...')
+    for name in names:
+        known = tuple(f'{k}.' for k in self.frozen)
+        for k,p in modules[name].named_parameters(prefix=name):
+            if on and not p.requires_grad and not k.startswith(known): self.fixed.add(k)   # before it froze
+            p.requires_grad_(not on and k not in self.fixed)
+        self.frozen = self.frozen | {name} if on else self.frozen-{name}
     self.train(self.training)
 
 # %% ../../nbs/training/08_trainable.ipynb #033b2a32
@@ -102,13 +112,16 @@ def fit_sizes(
     net:nn.Module, # A network, changed in place
     state:dict, # Name -> tensor; parameters and buffers of these names get these shapes
 )->nn.Module: # The same network; values of what changed its shape are not set
-    "Make room for a state whose heads have other sizes"
+    "Make room for a state whose heads have other sizes; tensors that were one stay one"
+    made = {}
     for name,m in net.named_modules():
         for kind in (m._parameters, m._buffers):
             for k,old in kind.items():
                 new = state.get(f'{name}.{k}' if name else k)
-                if old is None or new is None or new.shape==old.shape: continue
-                fresh = old.detach().new_empty(new.shape)
-                kind[k] = nn.Parameter(fresh, old.requires_grad) if kind is m._parameters else fresh
+                if new is None or (old is not None and (new.shape, new.dtype)==(old.shape, old.dtype)): continue
+                fresh = torch.empty_like(new, device=None if old is None else old.device)
+                if kind is m._parameters: fresh = nn.Parameter(fresh, old is None or old.requires_grad)
+                kind[k] = fresh if old is None else made.setdefault(old, fresh)
         if isinstance(m, nn.Linear): m.out_features, m.in_features = m.weight.shape
+        if isinstance(m, nn.LayerNorm) and m.weight is not None: m.normalized_shape = tuple(m.weight.shape)
     return net

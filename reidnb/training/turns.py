@@ -22,7 +22,7 @@ class Turns:
         scaler=None, # Gradient scaler of half precision (`torch.amp.GradScaler`); None: gradients as they are
     ):
         self.method, self.device, self.scaler = method, device, scaler
-        self.optimizers, self.waiting = {}, set()
+        self.optimizers, self.waiting, self.made = {}, set(), False   # `made`: some optimiser made a step
         self.renew(*method.turns)
 
     def renew(self,
@@ -31,7 +31,12 @@ class Turns:
         "Optimisers without a past; new modules get the device and, in all processes, the same weights"
         m = self.method.to(self.device) if self.device is not None else self.method
         if rank_size()[1]>1: global_batch_norm(m); broadcast_state(m)
-        for turn in turns: self.optimizers[turn] = m.optimizer() if len(m.turns)==1 else m.optimizer(turn)
+        for turn in turns:
+            if turn in self.optimizers: self.optimizers[turn].zero_grad()   # what the old one had collected
+            made = m.optimizer() if len(m.turns)==1 else m.optimizer(turn)
+            if not isinstance(made, torch.optim.Optimizer): raise TypeError(
+                f'{type(m).__name__}.optimizer returns {type(made).__name__} for turn {turn!r}: an optimizer')
+            self.optimizers[turn] = made
         self.waiting -= set(turns)
         m.renewed -= set(turns)
 
@@ -50,7 +55,12 @@ def backward(self:Turns,
 )->None: # Nothing; gradients are added to the turn's own parameters
     "Gradients of a turn; they reach no parameter of another"
     loss = loss*share if share!=1 else loss
-    own = dict(inputs=[p for p in self.params(turn) if p.requires_grad]) if len(self.optimizers)>1 else {}
+    own = [p for p in self.params(turn) if p.requires_grad]
+    if not own: raise ValueError(f'turn {turn!r}: all that its optimiser holds is frozen, so nothing learns; '
+                                 f'return {{}} to skip the turn')
+    if not loss.requires_grad: raise ValueError(f'turn {turn!r}: the loss has no gradient; was it made under '
+                                                f'no_grad, or of detached tensors?')
+    own = dict(inputs=own) if len(self.optimizers)>1 else {}
     (self.scaler.scale(loss) if self.scaler else loss).backward(**own)
     self.waiting.add(turn)
 
@@ -67,10 +77,12 @@ def step(self:Turns,
     if self.scaler: self.scaler.unscale_(optimizer)
     if factor!=1: torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
     if clip: torch.nn.utils.clip_grad_norm_(params, clip)
-    if self.scaler: self.scaler.step(optimizer); self.scaler.update()
+    if self.scaler: self.scaler.step(optimizer)
     else: optimizer.step()
     optimizer.zero_grad()
     self.waiting.discard(turn)
+    self.made = True
+    if self.scaler and not self.waiting: self.scaler.update()   # one scale for all that is waiting
     return True
 
 # %% ../../nbs/training/55_turns.ipynb #2194e6f7
@@ -84,6 +96,11 @@ def check(self:Turns,
     if free: raise ValueError(
         f'{len(free)} parameters want a gradient and belong to no optimiser: {", ".join(free[:3])}. Call '
         f'self.renew() in epoch where modules are replaced, hold them in optimizer(), or self.freeze() them')
+    sets = {t: {id(p) for p in self.params(t)} for t in self.optimizers}
+    both = [ours[i] for a in sets for b in sets if a<b for i in sets[a] & sets[b] if i in ours]
+    if both and self.method.settings.accumulate>1: raise ValueError(
+        f'{both[0]} is in the optimisers of two turns, whose gradients would mix over accumulate='
+        f'{self.method.settings.accumulate} batches: leave it to one turn, or set accumulate=1')
     lost = len(held-ours.keys())
     if lost: raise ValueError(f'the optimisers hold {lost} tensors that are not in '
                               f'{type(self.method).__name__}: call self.renew() where modules are replaced')
@@ -97,11 +114,33 @@ def set_rates(self:Turns,
     m, out = self.method, {}
     for turn,optimizer in self.optimizers.items():
         factor = m.rate(n) if len(m.turns)==1 else m.rate(n, turn)
+        if not isinstance(factor, (int, float)): raise TypeError(
+            f'{type(m).__name__}.rate returns {factor!r} for epoch {n}: a number')
         for g in optimizer.param_groups:
             base = g.setdefault('base_lr', m.settings.lr if 'lr_scale' in g else g['lr'])
             g['lr'] = base*factor*g.get('lr_scale', 1.)
         out[turn] = max((g['base_lr'] for g in optimizer.param_groups), default=0.)*factor
     return {'lr': v for v in out.values()} if len(out)==1 else {f'lr/{t}': v for t,v in out.items()}
+
+@patch
+def learning(self:Turns,
+)->dict[str,list[str]]: # Names of parameters: `now` want a gradient, each turn holds
+    "What learns, and in which optimiser it is"
+    named = dict(self.method.named_parameters())
+    ids = {id(p): k for k,p in named.items()}
+    held = {t: [ids[id(p)] for p in self.params(t) if id(p) in ids] for t in self.optimizers}
+    return dict(now=[k for k,p in named.items() if p.requires_grad], held=held)
+
+@patch
+def renew_as(self:Turns,
+    learns:dict|None, # What `learning` returned; None: as the method is
+)->None: # Nothing
+    "Optimisers over what they held then, although some of it may be frozen since"
+    if learns is None: return self.renew(*self.method.turns)
+    now, held = set(learns['now']), {k for names in learns['held'].values() for k in names}
+    for k,p in self.method.named_parameters(): p.requires_grad_(k in now or k in held)
+    self.renew(*self.method.turns)
+    for k,p in self.method.named_parameters(): p.requires_grad_(k in now)
 
 @patch
 def state_dict(self:Turns,
