@@ -560,7 +560,7 @@ def test_tables_of_other_lengths_are_refused():
             super().__init__(settings, crops, source)
             self.data = self.loader(ShuffleSampler(len(crops), 4))
     m = Long(small_settings(Two), toy_crops(8), toy_crops(6, seed=1))
-    with pytest.raises(ValueError, match='8 batches of the crops, 6 of the source: wrap both samplers in FixedLength'): m.epoch(0)
+    with pytest.raises(ValueError, match='8 batches of the crops, 6 of the source in epoch 0: wrap both samplers'): m.epoch(0)
 
 
 def test_the_source_may_be_the_crops():
