@@ -1,6 +1,6 @@
 """Train the small network of the package without any identity or camera: it learns to say what single crops show.
 
-usage: OMP_NUM_THREADS=1 nice -n 10 python tools/pretrain_attributes.py [--people 12000] [--epochs 24] [--out DIR]
+usage: OMP_NUM_THREADS=1 nice -n 10 python tools/pretrain_attributes.py [--people 12000] [--epochs 12] [--out DIR]
 writes reidnb/weights/attributes.safetensors (half precision; `weights='attributes'` starts from it) and
 data/results/attributes/harbour.json (its card). A run that is stopped goes on when started again.
 
@@ -70,7 +70,7 @@ def attributes(people, yaw):
     return torch.stack([torch.where(seen.get(k, front | True), value[k].long(), UNSEEN) for k in CLASSES], 1)
 
 
-def single_crops(n, seed, size=(128, 64), each=400):
+def single_crops(n, seed, size=(128, 64), each=1000):
     "`n` crops of `n` people from camera networks `seed`, `seed+1`, ...; one crop of those who walk together"
     images, targets, who, k = [], [], [], seed
     while len(images) < n:
@@ -92,7 +92,7 @@ class AttributeSettings(EncoderSettings):
     "Settings of `Attributes`"
     backbone:str='small' # Network
     weights:str='none' # Random weights
-    epochs:Count=24 # Epochs
+    epochs:Count=12 # Epochs
     height:Count=128 # Height of the input, pixels
     width:Count=64 # Width of the input, pixels
     lr:Positive=2e-3 # Learning rate after warm-up
@@ -162,7 +162,7 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--people', type=int, default=12000)
     p.add_argument('--held', type=int, default=1500)
-    p.add_argument('--epochs', type=int, default=24)
+    p.add_argument('--epochs', type=int, default=12)
     p.add_argument('--out', type=Path, default=Path('runs/attributes'))
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args()
@@ -174,7 +174,7 @@ if __name__ == '__main__':
     settings = AttributeSettings(epochs=a.epochs, seed=a.seed)
     method = Attributes(settings, train)
     fit(method, a.out)
-    seconds['train'] = sum(r['seconds'] for r in read_log(a.out) if 'images' in r)
+    seconds |= {'train': sum(r['seconds'] for r in read_log(a.out) if 'images' in r), 'cpu': time.process_time()}
     right = accuracy(method, held, train)
     for k, v in right.items(): print(f'{k:16} {v["right"]:.3f}  commonest {v["common"]:.3f}  of {v["crops"]}')
     path = save_model(for_use(method).half(), ROOT/'reidnb'/'weights'/'attributes.safetensors')
