@@ -12,7 +12,7 @@ re-identification should not hold it.
 """
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +178,8 @@ if __name__ == '__main__':
     right = accuracy(method, held, train)
     for k, v in right.items(): print(f'{k:16} {v["right"]:.3f}  commonest {v["common"]:.3f}  of {v["crops"]}')
     path = save_model(for_use(method).half(), ROOT/'reidnb'/'weights'/'attributes.safetensors')
-    found = score(load_model(path), open_data('world:harbour', n_train=300, n_test=100, seed=0))   # the people of small's card
+    again = open_data('world:harbour', n_train=300, n_test=100, seed=0)   # the test people of small's card
+    found = score(load_model(path), again)
     print(f'harbour {found}\n{path.name}: {path.stat().st_size/1e6:.2f} MB')
     data = dict(name='world:harbour, single crops', train=dict(images=len(train), ids=len(train), cameras=None,
                 fingerprint=train.fingerprint()), held=dict(images=len(held), fingerprint=held.fingerprint()))
