@@ -1,6 +1,6 @@
 """Train the small network of the package without any identity or camera: it learns to say what single crops show.
 
-usage: OMP_NUM_THREADS=1 nice -n 10 python tools/pretrain_attributes.py [--people 12000] [--epochs 12] [--out DIR]
+usage: OMP_NUM_THREADS=1 nice -n 10 python tools/pretrain_attributes.py [--people 12000] [--epochs 30] [--out DIR]
 writes reidnb/weights/attributes.safetensors (half precision; `weights='attributes'` starts from it) and
 data/results/attributes/harbour.json (its card). A run that is stopped goes on when started again.
 
@@ -92,7 +92,7 @@ class AttributeSettings(EncoderSettings):
     "Settings of `Attributes`"
     backbone:str='small' # Network
     weights:str='none' # Random weights
-    epochs:Count=12 # Epochs
+    epochs:Count=30 # Epochs
     height:Count=128 # Height of the input, pixels
     width:Count=64 # Width of the input, pixels
     lr:Positive=2e-3 # Learning rate after warm-up
@@ -162,7 +162,7 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--people', type=int, default=12000)
     p.add_argument('--held', type=int, default=1500)
-    p.add_argument('--epochs', type=int, default=12)
+    p.add_argument('--epochs', type=int, default=30)
     p.add_argument('--out', type=Path, default=Path('runs/attributes'))
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args()
