@@ -38,6 +38,8 @@ def test_no_person_is_in_two_crops(crops):
     assert len(np.unique(who[who >= 0])) == (who >= 0).sum()
     assert len(np.unique(who[:, 0] // 10**5)) > 1              # more than one camera network
     assert len(set(crops.images)) == 40
+    facts = tool.facts(crops)
+    assert facts['images'] == facts['ids'] == 40 and facts['seen'] == (who >= 0).sum() and facts['networks'] > 1
 
 
 def test_what_is_learned_and_what_is_held_out_share_no_camera_network():

@@ -1,6 +1,6 @@
 """Train the small network of the package without any identity or camera: it learns to say what single crops show.
 
-usage: OMP_NUM_THREADS=1 nice -n 10 python tools/pretrain_attributes.py [--people 12000] [--epochs 30] [--out DIR]
+usage: OMP_NUM_THREADS=1 nice -n 10 python tools/pretrain_attributes.py [--people 12000] [--epochs 12] [--out DIR]
 writes reidnb/weights/attributes.safetensors (half precision; `weights='attributes'` starts from it) and
 data/results/attributes/harbour.json (its card). A run that is stopped goes on when started again.
 
@@ -87,12 +87,19 @@ def single_crops(n, seed, size=(128, 64), each=1000):
     return Crops(images, np.arange(n) + 1, None, extra=extra, name=f'harbour/single crops from seed {seed}')
 
 
+def facts(crops):
+    "Counts of a table for its card: crops, people in the middle of one, people in all, camera networks"
+    who = crops.extra['who']
+    return dict(images=len(crops), ids=crops.n_ids, seen=len(np.unique(who[who >= 0])),
+                networks=len(np.unique(who[:, 0]//10**5)), fingerprint=crops.fingerprint())
+
+
 @dataclass(frozen=True)
 class AttributeSettings(EncoderSettings):
     "Settings of `Attributes`"
     backbone:str='small' # Network
     weights:str='none' # Random weights
-    epochs:Count=30 # Epochs
+    epochs:Count=12 # Epochs
     height:Count=128 # Height of the input, pixels
     width:Count=64 # Width of the input, pixels
     lr:Positive=2e-3 # Learning rate after warm-up
@@ -162,7 +169,7 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--people', type=int, default=12000)
     p.add_argument('--held', type=int, default=1500)
-    p.add_argument('--epochs', type=int, default=30)
+    p.add_argument('--epochs', type=int, default=12)
     p.add_argument('--out', type=Path, default=Path('runs/attributes'))
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args()
@@ -181,7 +188,7 @@ if __name__ == '__main__':
     again = open_data('world:harbour', n_train=300, n_test=100, seed=0)   # the test people of small's card
     found = score(load_model(path), again)
     print(f'harbour {found}\n{path.name}: {path.stat().st_size/1e6:.2f} MB')
-    data = dict(name='world:harbour, single crops', train=dict(images=len(train), ids=len(train), cameras=None,
-                fingerprint=train.fingerprint()), held=dict(images=len(held), fingerprint=held.fingerprint()))
-    card = make_card('attributes', settings, data, {'attributes': right, 'harbour': found}, seconds, a.seed)
+    data = dict(name='world:harbour, single crops', train=facts(train), held=facts(held))
+    metrics = {'attributes': right, 'harbour': found.to_dict()}
+    card = make_card('attributes', settings, data, metrics, seconds, a.seed)
     write_card(card, ROOT/'data'/'results'/'attributes'/'harbour.json')
