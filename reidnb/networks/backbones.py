@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from ..data.transforms import IMAGENET_MEAN
-from .weights import LoadReport, imagenet_weights, load_weights, package_weights
+from .weights import PACKAGED, LoadReport, imagenet_weights, load_weights, package_weights
 
 # %% ../../nbs/networks/10_backbones.ipynb #35d21a64
 STAGES = ('stem', 'layer1', 'layer2', 'layer3', 'layer4')
@@ -138,19 +138,20 @@ def _parts(
 # %% ../../nbs/networks/10_backbones.ipynb #1fa707f6
 def _fill(
     net:Backbone, # Network to fill
-    weights, # 'imagenet', 'small', a file, or a dictionary
+    weights, # 'imagenet', a name in `PACKAGED`, a file, or a dictionary
     by_order:bool, # Match by position
 )->LoadReport: # What was loaded
     "Load weights and warn when they do not fill the network"
     source = weights
     if isinstance(weights, str) and weights=='imagenet':
         if net.name=='small':
-            raise ValueError("'small' has no ImageNet weights: use weights='small', a file, or None")
+            raise ValueError("'small' has no ImageNet weights: use weights='small', weights='attributes', "
+                             "a file, or None")
         source = imagenet_weights(net.name)
-    if isinstance(weights, str) and weights=='small':
-        if net.name!='small':
-            raise ValueError(f"weights 'small' belong to the network 'small', not {net.name!r}")
-        source = package_weights()
+    if isinstance(weights, str) and weights in PACKAGED:
+        if net.name!=PACKAGED[weights]: raise ValueError(
+            f"weights {weights!r} belong to the network {PACKAGED[weights]!r}, not {net.name!r}")
+        source = package_weights(weights)
     report = load_weights(net, source, by_order=by_order)
     if len(report.matched) < len(report.missing)+len(report.skipped):
         raise ValueError(f"{net.name}: most of the network is not in the file, or under other names "
@@ -166,7 +167,7 @@ def make_backbone(
     last_stride:int=1, # Stride of the last stage: 1 keeps the resolution, 2 as in classification
     frozen_stages:int=0, # Stages that never change, from the stem on: 3 = stem, layer1, layer2
     frozen_shortcuts:bool=True, # False: their shortcuts' norms go on collecting statistics
-    weights=None, # None (random), 'imagenet', 'small', a file, or a dictionary of tensors
+    weights=None, # None (random), 'imagenet', 'small', 'attributes', a file, or a dictionary of tensors
     by_order:bool=False, # Match the weights by position, see `load_weights`
     stem_relu:bool=True, # False: no ReLU in a ResNet's stem, as in the code of MMT and ABMT
 )->Backbone: # Images `(B,3,H,W)` -> map `(B,C,h,w)`

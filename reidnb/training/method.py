@@ -19,7 +19,7 @@ from ..data.loading import EpochLoader, training_items
 from ..networks import extraction
 from ..networks.backbones import Backbone, make_backbone
 from ..networks.norms import convert_norms
-from ..networks.weights import load_weights
+from ..networks.weights import PACKAGED, load_weights
 from ..ranking.evaluation import cosine_distance
 from .settings import Settings
 from .trainable import Trainable
@@ -155,7 +155,7 @@ def new_backbone(self:Method,
     "The backbone that the settings name, its norms converted and its weights loaded"
     s = self.settings
     weights = None if self.crops is None or s.weights=='none' else s.weights
-    converted = s.norm!='bn' and weights not in (None, 'imagenet', 'small') # by a file of that network
+    converted = s.norm!='bn' and weights not in (None, 'imagenet', *PACKAGED) # by a file of that network
     kwargs = dict(last_stride=s.last_stride) | kwargs
     net = make_backbone(s.backbone, weights=None if converted else weights, **kwargs)
     if s.norm!='bn': convert_norms(net, s.norm)

@@ -114,7 +114,7 @@ class Settings:
 class EncoderSettings(Settings):
     "The network that every method has: backbone, weights, stride, pooling, norms"
     backbone:str='resnet50' # Network, see `make_backbone`
-    weights:str='imagenet' # `imagenet`, `small`, a file, or `none`
+    weights:str='imagenet' # `imagenet`, `small`, `attributes` (saw no identity), a file, or `none`
     backbone_lr:NotNegative=1. # Learning rate of the backbone, a ratio of `lr`
     last_stride:Literal[1,2]=1 # Stride of the last stage; 1 keeps the resolution
     pooling:Literal['gap','gmp','gem']='gap' # Pooling of the map
