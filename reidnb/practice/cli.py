@@ -107,7 +107,7 @@ def _begin(
 class Train(DataOptions):
     "Train a recipe, test it, and leave model, log, result card and report in a folder"
     recipe:tuple # Method and size, then its settings
-    source:UseAppendAction[tuple[str, ...]]=() # Labelled data to adapt from (`world:station`); several: repeat it
+    source:UseAppendAction[tuple[str, ...]]=() # Labelled data to adapt from (`world:station`); repeat it
     start:str='' # Begin with the weights of this run, model or weight file
     out:str='' # Folder of the run; by default `runs/RECIPE-DATA`
     fresh:bool=False # Start anew although the folder holds a run
@@ -335,7 +335,7 @@ def _mendable(
 )->bool: # True: its message says what to do
     "Whether a user can mend an error"
     known = isinstance(e, (ValueError, OSError, ImportError))
-    for last in traceback.extract_tb(e.__traceback__)[-1:]:   # a slip of a plugin, which nobody raised: show where
+    for last in traceback.extract_tb(e.__traceback__)[-1:]:   # a slip that nobody raised: show where
         ours = 'reidnb' in Path(last.filename).parts or 'raise ' in (last.line or 'raise ')
         if isinstance(e, ValueError) and not ours: return False
     return known or type(e).__name__=='NonFiniteLoss'   # defined in the loop, which may not be loaded

@@ -77,8 +77,8 @@ def _same_chances(
     for name in _EQUAL:
         have = {k: getattr(s, name) for k,s in settings.items() if hasattr(s, name)}
         if len(set(have.values()))>1 and name not in differ: raise ValueError(
-            f'sides differ in {name}: {", ".join(f"{k} {v}" for k,v in have.items())}. Set it for all, or say '
-            f'differ=({name!r},) if this is what the comparison is about')
+            f'sides differ in {name}: {", ".join(f"{k} {v}" for k,v in have.items())}. Set it for all, or '
+            f'say differ=({name!r},) if this is what the comparison is about')
 
 def _other_site(
     data:ReIDData, # What is tested
@@ -86,7 +86,7 @@ def _other_site(
 )->None: # Nothing; raises when they share people or cameras
     "Refuse a validation site that knows the test"
     for d in (data, validation): d.need('train', 'query', 'gallery')
-    names = [{c.dataset for c in d.subsets.values() if c is not None and c.dataset} for d in (data, validation)]
+    names = [{c.dataset for c in d.subsets.values() if c is not None}-{''} for d in (data, validation)]
     if names[0] & names[1] or data.fingerprint()==validation.fingerprint(): raise ValueError(
         f'{validation.name!r} is the data set that is tested: choose a site with other people and cameras')
 
@@ -147,7 +147,7 @@ class _Plan:
         self.sites = dict(test=data, validation=validation)
         self.trials, self.simple, self.rows, self.start = trials, simple, [], time.perf_counter()
         self.facts = {k: data_facts(d) for k,d in self.sites.items()}
-        if self.path.exists(): self.rows = self._known()
+        if self.path.exists(): self.rows = _known(self)
 
     def job(self, kind, side, seed, on='test', **changes):
         "A run: its row without scores, and all that it takes"
@@ -155,7 +155,8 @@ class _Plan:
         cls, s = recipe(one.recipe, **{**self.base, **one.settings, **changes, 'seed': seed})
         row = dict(kind=kind, side=side, seed=seed, on=on, changes=changes)
         folder = self.path.with_suffix('')/f'{kind}-{side}-{seed}-{on}-{"-".join(map(str, changes.values()))}'
-        return dict(row=row, cls=cls, settings=s, data=self.sites[on], folder=folder, use=self.simple.get(side))
+        return dict(row=row, cls=cls, settings=s, data=self.sites[on], folder=folder,
+                    use=self.simple.get(side))
 
     def first(self):
         "Start rows and trials"
@@ -168,49 +169,51 @@ class _Plan:
     def chosen(self, side, value):
         "The settings with the best score on the validation site; the first of equals"
         tried = [r for r in self.rows if (r['kind'], r['side'])==('trial', side) and value in r]
-        if not tried: raise ValueError(f'{side}: no trial ended with a score: {self.rows[-1].get("error", "")}')
+        if not tried: raise ValueError(f'{side}: no trial ended with a score, all losses became infinite')
         order = [json.dumps(t) for t in self.sides[side].trials(self.trials, self.base)]
         return max(tried, key=lambda r: (r[value], -order.index(json.dumps(r['changes']))))['changes']
 
 # %% ../../nbs/practice/38_comparisons.ipynb #6682b0fb
-@patch
-def _known(self:_Plan):
+def _header(plan): # What the comparison is
+    return dict(sides={k: asdict(s) for k,s in plan.sides.items()}, base=plan.base, trials=plan.trials,
+                simple=list(plan.simple), **plan.about)
+
+def _known(plan):
     "Rows of a card of this very comparison"
-    card, now = json.loads(self.path.read_text()), json.loads(json.dumps(self.header()))
-    if card.get('name')!='comparison': raise ValueError(f'{self.path} is no card of a comparison: choose another')
+    card, now = json.loads(plan.path.read_text()), json.loads(json.dumps(_header(plan)))
+    if card.get('name')!='comparison': raise ValueError(f'{plan.path} is no card of a comparison')
     then = {k: card['settings'][k] for k in now if k in card['settings']}
     wrong = [k for k in now if then.get(k)!=now[k]]
     prints = lambda d: [d[k]['fingerprint'] for k in ('test', 'validation')]
-    if prints(card['data'])!=prints(self.facts): wrong.append('data')
-    if wrong: raise ValueError(f'{self.path} holds a comparison with other {", ".join(wrong)}: delete it, or '
+    if prints(card['data'])!=prints(plan.facts): wrong.append('data')
+    if wrong: raise ValueError(f'{plan.path} holds a comparison with other {", ".join(wrong)}: delete it, or '
                                f'choose another file')
     return card['metrics']['rows']
 
-@patch
-def header(self:_Plan):
-    "What the comparison is"
-    return dict(sides={k: asdict(s) for k,s in self.sides.items()}, base=self.base, trials=self.trials,
-                simple=list(self.simple), **self.about)
+def _progress(plan, row, left, workers):
+    "A line on the run that ended; the time left is that of runs of its kind so far"
+    each = np.mean([r['seconds'] for r in plan.rows if r['images']] or [r['seconds'] for r in plan.rows])
+    value = plan.about['value']
+    told = row['error'] if 'error' in row else f'{value} {100*row[value]:.1f}'
+    return (f'{len(plan.rows)} of {len(plan.rows)+left}, {_clock(time.perf_counter()-plan.start)}, at most '
+            f'{_clock(each*left/workers)} left: {row["kind"]} {row["side"]}, seed {row["seed"]} '
+            f'{row["changes"] or ""} {told}')
 
-@patch
-def go(self:_Plan, jobs, workers, report, more=0):
+def _go(plan, jobs, workers, report, more=0):
     "Run what is not done yet; `more` runs will follow"
-    have, start, n = {_key(r) for r in self.rows}, time.perf_counter(), 0
-    left = [j for j in jobs if _key(j['row']) not in have]
+    have = {_key(r) for r in plan.rows}
+    jobs = [j for j in jobs if _key(j['row']) not in have]
+    left = len(jobs)+more
     def done(row):
-        nonlocal n
-        n += 1
-        self.rows.append(row)
-        seconds = sum(r['seconds'] for r in self.rows)
-        card = make_card('comparison', self.header(), self.facts, dict(rows=self.rows), seconds, self.seeds[0])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_card(card, self.path)
-        spent = time.perf_counter()-start
-        told = row['error'] if 'error' in row else f'{self.about["value"]} {100*row[self.about["value"]]:.1f}'
-        if report: report(f'{len(self.rows)} of {len(self.rows)+len(left)-n+more}, {_clock(spent)}, about '
-                          f'{_clock(spent/n*(len(left)-n+more))} left: {row["kind"]} {row["side"]}, seed '
-                          f'{row["seed"]} {row["changes"] or ""} {told}')
-    _in_parallel(left, workers, done)
+        nonlocal left
+        left -= 1
+        plan.rows.append(row)
+        card = make_card('comparison', _header(plan), plan.facts, dict(rows=plan.rows),
+                         sum(r['seconds'] for r in plan.rows), plan.seeds[0])
+        plan.path.parent.mkdir(parents=True, exist_ok=True)
+        write_card(card, plan.path)
+        if report: report(_progress(plan, row, left, workers))
+    _in_parallel(jobs, workers, done)
 
 # %% ../../nbs/practice/38_comparisons.ipynb #75762039
 def compare(
@@ -238,8 +241,9 @@ def compare(
     about = dict(value=value, seeds=list(seeds), differ=list(differ))
     plan = _Plan(card, sides, data, validation, trials, seeds, base, simple or {}, about)
     workers = workers or _cores()
-    plan.go(plan.first(), workers, report, more=len(sides)*len(seeds))
-    plan.go([plan.job('run', k, seed, **plan.chosen(k, value)) for k in sides for seed in seeds], workers, report)
+    _go(plan, plan.first(), workers, report, more=len(sides)*len(seeds))
+    best = {k: plan.chosen(k, value) for k in sides}
+    _go(plan, [plan.job('run', k, seed, **best[k]) for k in sides for seed in seeds], workers, report)
     return read_comparison(plan.path)
 
 # %% ../../nbs/practice/38_comparisons.ipynb #0e8c759d
@@ -249,7 +253,8 @@ class Comparison:
         card:dict, # What `compare` wrote
     ):
         self.card, self.rows, self.about = card, card['metrics']['rows'], card['settings']
-        self.value, self.seeds, self.sides = self.about['value'], self.about['seeds'], list(self.about['sides'])
+        self.value, self.seeds = self.about['value'], self.about['seeds']
+        self.sides = list(self.about['sides'])
 
     def scores(self,
         label:str, # A side, or a start: `untrained SIDE`, `statistics SIDE`, or a simple use
@@ -258,7 +263,8 @@ class Comparison:
         kind, _, side = label.partition(' ')
         if kind not in ('untrained', 'statistics') or side not in self.sides:
             kind, side = 'run' if label in self.sides else 'simple', label
-        found = {r['seed']: r.get(self.value, np.nan) for r in self.rows if (r['kind'], r['side'])==(kind, side)}
+        ours = [r for r in self.rows if (r['kind'], r['side'])==(kind, side)]
+        found = {r['seed']: r.get(self.value, np.nan) for r in ours}
         missing = [s for s in self.seeds if s not in found]
         if missing: raise ValueError(f'no {label!r} with seed {missing[0]}: the comparison is not finished')
         return np.array([found[s] for s in self.seeds])
@@ -266,8 +272,8 @@ class Comparison:
     def starts(self,
     )->list[str]: # Labels, the best mean first
         "Start rows"
-        known = [f'{k} {s}' for k in ('untrained', 'statistics') for s in self.sides]+list(self.about['simple'])
-        return sorted(known, key=lambda k: -self.scores(k).mean())
+        known = [f'{k} {s}' for k in ('untrained', 'statistics') for s in self.sides]
+        return sorted(known+list(self.about['simple']), key=lambda k: -self.scores(k).mean())
 
 # %% ../../nbs/practice/38_comparisons.ipynb #e63f4592
 @patch

@@ -130,6 +130,7 @@ def _differ(a, b, where=''):
             if not _same(a[k], b[k]): return _differ(a[k], b[k], f'{where}{k}.')
     return where.rstrip('.')
 
+# %% ../../nbs/training/70_conformance.ipynb #f1918ed5
 @contextmanager
 def _hooked(handle):
     "A hook that is taken off again"
@@ -138,7 +139,7 @@ def _hooked(handle):
 
 @contextmanager
 def _watched(lr=None):
-    "Gradients as each step meets them: (turn, name -> gradient, or None: no step; stage); `lr` replaces all rates"
+    "Each step: turn, name -> gradient (None: no step was made), stage; `lr` replaces all rates"
     seen, step, rates = [], Turns.step, Turns.set_rates
     def watch(self, turn, *args, **kwargs):
         def note(*_):   # averaged already
@@ -210,7 +211,8 @@ def _pure(b):
     m = b.build()
     batch = next(iter(m.epoch(0)), None)
     if batch is None: return None
-    fixed = lambda: {k: v.clone() for k,v in m.named_buffers() if 'running_' not in k and 'num_batches' not in k}
+    moves = lambda k: 'running_' in k or 'num_batches' in k
+    fixed = lambda: {k: v.clone() for k,v in m.named_buffers() if not moves(k)}
     def terms():
         torch.manual_seed(0)
         one = copy.deepcopy(batch)
@@ -243,12 +245,14 @@ def _saved(b):
     f, g = (x.eval().extract(b.crops) for x in (m, back))
     assert torch.equal(f, g), 'features differ after save_model and load_model'
     some = m.extract(b.crops, batch_size=5)
-    assert torch.allclose(some.float(), f.float(), rtol=1e-2, atol=1e-3), 'a feature depends on the crops beside it'
+    near = torch.allclose(some.float(), f.float(), rtol=1e-2, atol=1e-3)
+    assert near, 'a feature depends on the crops beside it'
     with torch.no_grad(): d, e, rest = m.distance(f[:4], f), back.distance(g[:4], g), m.distance(f[2:4], f)
     assert torch.allclose(rest, d[2:], atol=1e-4), 'a distance depends on the queries beside it'
     assert torch.equal(d, e), 'distances differ after save_model and load_model'
     return f'{len(f)} features of {f.shape[1]}'
 
+# %% ../../nbs/training/70_conformance.ipynb #6c579871
 def _resumes(b):
     "Stopped in any epoch and begun again, a run ends as if nobody had stopped it"
     _, out = b.whole()
@@ -336,7 +340,7 @@ def _frozen(b):
                 moved += [f'{name}.{k}' for k,v in was.setdefault(name, now).items() if not _same(v, now[k])]
             super().after_batch(batch)
     m = b.build(Seen)
-    for name in m.frozen: vars(m).setdefault('was', {})[name] = copy.deepcopy(m.get_submodule(name).state_dict())
+    m.was = {k: copy.deepcopy(m.get_submodule(k).state_dict()) for k in m.frozen}
     b.fit(m)
     moved = list(dict.fromkeys(vars(m).get('moved', ())))
     assert not moved, f'frozen, yet changed: {", ".join(moved[:3])}'
@@ -357,8 +361,8 @@ def _speaks(b, name, **tables):
         where = traceback.extract_tb(e.__traceback__)[-1].filename
         libraries = tuple(str(Path(x.__file__).parent) for x in (torch, np))
         ours = not where.startswith(libraries) and ('site-packages' not in where or 'reidnb' in where)
-        assert ours, (f'a table with {name}: an error from inside {Path(where).name}: {e}. Say what is missing '
-                      f'in a ValueError of your own, in __init__')
+        assert ours, (f'a table with {name}: an error from inside {Path(where).name}: {e}. Say what is '
+                      f'missing in a ValueError of your own, in __init__')
         return f'{name} refused'
     except Exception as e: raise AssertionError(f'a table with {name}: {type(e).__name__}: {e}') from e
     return name
@@ -438,7 +442,8 @@ def _processes(b, eps=1e-4):
 # %% ../../nbs/training/70_conformance.ipynb #4434808f
 CHECKS = dict(documented=_documented, before=_before, pure=_pure, draws=_draws, trains=_trains,
               learns=_learns, saved=_saved, resumes=_resumes, accumulates=_accumulates, workers=_workers,
-              half=_half, frozen=_frozen, tables=_poor_tables, processes=_processes) # Name -> function of the bench, in the order in which they run
+              half=_half, frozen=_frozen, tables=_poor_tables,
+              processes=_processes) # Name -> function of the bench, in the order in which they run
 
 def _result(name, bench):
     "What one check finds"

@@ -100,8 +100,8 @@ class Run:
         check_world(self.accelerator)
         if s.tensorboard: self.accelerator.init_trackers('tensorboard')
         self.method, odd = method, [k for k,v in method.state_dict().items() if not torch.is_tensor(v)]
-        if odd: raise TypeError(f'{odd[0]} in the state of {type(method).__name__} is no tensor, and model files '
-                                f'hold nothing else: keep it as a buffer')
+        if odd: raise TypeError(f'{odd[0]} in the state of {type(method).__name__} is no tensor, and model '
+                                f'files hold nothing else: keep it as a buffer')
         self.turns = Turns(method, self.accelerator.device, self.accelerator.scaler)
         self.prints = {k: c.fingerprint() for k,c in (('data', method.crops), ('source', method.source))
                        if c is not None}
@@ -206,8 +206,8 @@ def _take_state(
     fit_sizes(m, state['method'])
     wrong = m.load_state_dict(state['method'], strict=False)
     if any(wrong): raise ValueError(
-        f'the checkpoint and {type(m).__name__} as it is built differ: {", ".join(sum(wrong, [])[:3])}. Build '
-        f'what epoch() replaces in __init__ too, in any size, or in before_load(state)')
+        f'the checkpoint and {type(m).__name__} as it is built differ: {", ".join(sum(wrong, [])[:3])}. '
+        f'Build what epoch() replaces in __init__ too, in any size, or in before_load(state)')
     m.stage, m.began = state.get('stage', ''), state.get('began', '')
     m.frozen, m.fixed = set(state.get('frozen', m.frozen)), set(state.get('fixed', m.fixed))
     m.train(m.training)
@@ -284,10 +284,11 @@ def _terms(
 )->dict: # The same
     "Loss terms are a dict of scalars"
     if not isinstance(found, dict): raise TypeError(
-        f'{type(m).__name__}.loss returns {type(found).__name__}: a dict of named scalars, empty to skip the turn')
+        f'{type(m).__name__}.loss returns {type(found).__name__}: a dict of scalars, empty to skip the turn')
     for k,v in found.items():
         if not torch.is_tensor(v) or v.ndim: raise TypeError(
-            f'{type(m).__name__}.loss: {k!r} is {tuple(v.shape) if torch.is_tensor(v) else v!r}: a scalar tensor')
+            f'{type(m).__name__}.loss: {k!r} is {tuple(v.shape) if torch.is_tensor(v) else v!r}: a scalar '
+            f'tensor')
         if k in _ROW or (k=='loss' and len(found)>1): raise ValueError(
             f'{type(m).__name__}.loss: a term named {k!r} hides what the log has under that name')
     return found
@@ -297,11 +298,11 @@ def _facts(
 )->dict: # Name -> number or text
     "Facts are finite numbers or text, under names of their own"
     for k,v in m.facts.items():
-        if k in _ROW | {'loss', 'mAP', 'R1'}: raise ValueError(f'facts: {k!r} hides what the log has of that name')
-        v = v.item() if hasattr(v, 'item') and np.size(v)==1 else v
-        if not isinstance(v, (str, int, float)) or (isinstance(v, float) and not np.isfinite(v)): raise ValueError(
-            f'facts: {k!r} is {v!r}: a finite number or text')
-        m.facts[k] = v
+        if k in _ROW | {'loss', 'mAP', 'R1'}:
+            raise ValueError(f'facts: {k!r} hides what the log has of that name')
+        m.facts[k] = v = v.item() if hasattr(v, 'item') and np.size(v)==1 else v
+        if not isinstance(v, str) and not (isinstance(v, (int, float)) and np.isfinite(v)):
+            raise ValueError(f'facts: {k!r} is {v!r}: a finite number or text')
     return m.facts
 
 # %% ../../nbs/training/60_loop.ipynb #dfe189f0
@@ -367,7 +368,8 @@ def fit(
         if val is not None and (run.epoch%s.eval_every==0 or run.epoch==s.epochs): _validate(run, val)
         _check_weights(run)
         run.save()
-    if run.step==0 or not run.turns.made: raise ValueError(f'no epoch of {s.epochs} had a batch: nothing was trained')
+    if run.step==0 or not run.turns.made:
+        raise ValueError(f'no epoch of {s.epochs} had a batch: nothing was trained')
     run.accelerator.wait_for_everyone()
     _finish(run)
     run.accelerator.wait_for_everyone()

@@ -191,14 +191,14 @@ def batches(self:Method,
     self._n = n
     for x in (loader, source) if source else (loader,):
         if not (hasattr(x.dataset, 'set_epoch') and hasattr(x.batch_sampler, 'set_epoch')): raise TypeError(
-            f'{type(x.batch_sampler).__name__} or {type(x.dataset).__name__} has no set_epoch: give a sampler '
-            f'of reidnb.data.samplers, or one with set_epoch(n), rank and world')
+            f'{type(x.batch_sampler).__name__} or {type(x.dataset).__name__} has no set_epoch: give a '
+            f'sampler of reidnb.data.samplers, or one with set_epoch(n), rank and world')
         x.dataset.set_epoch(n)
         x.batch_sampler.set_epoch(n)
         x.batch_sampler.rank, x.batch_sampler.world = rank_size()
     ours = (Batch(images, index) for images,index in loader)
     if source is None: return ours
     if len(loader)!=len(source): raise ValueError(
-        f'{len(loader)} batches of the crops, {len(source)} of the source in epoch {n}: wrap both samplers in '
-        f'FixedLength with one number; an epoch of P x K batches is not always as long as the last')
+        f'{len(loader)} batches of the crops, {len(source)} of the source in epoch {n}: wrap both samplers '
+        f'in FixedLength with one number; an epoch of P x K batches is not always as long as the last')
     return (replace(b, source=Batch(*other)) for b,other in zip(ours, source, strict=True))

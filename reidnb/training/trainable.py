@@ -98,7 +98,7 @@ def freeze(self:Trainable,
     modules = dict(self.named_modules())
     for name in names:
         if not name or name not in modules: raise ValueError(
-            f'freeze: no module {name!r} in {type(self).__name__}; it has {", ".join(list(modules)[1:5])}, ...')
+            f'freeze: no module {name!r} in {type(self).__name__}; there are {", ".join([*modules][1:5])} ..')
     for name in names:
         known = tuple(f'{k}.' for k in self.frozen)
         for k,p in modules[name].named_parameters(prefix=name):
@@ -118,7 +118,8 @@ def fit_sizes(
         for kind in (m._parameters, m._buffers):
             for k,old in kind.items():
                 new = state.get(f'{name}.{k}' if name else k)
-                if new is None or (old is not None and (new.shape, new.dtype)==(old.shape, old.dtype)): continue
+                if new is None: continue
+                if old is not None and (new.shape, new.dtype)==(old.shape, old.dtype): continue
                 fresh = torch.empty_like(new, device=None if old is None else old.device)
                 if kind is m._parameters: fresh = nn.Parameter(fresh, old is None or old.requires_grad)
                 kind[k] = fresh if old is None else made.setdefault(old, fresh)

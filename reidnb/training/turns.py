@@ -122,6 +122,7 @@ def set_rates(self:Turns,
         out[turn] = max((g['base_lr'] for g in optimizer.param_groups), default=0.)*factor
     return {'lr': v for v in out.values()} if len(out)==1 else {f'lr/{t}': v for t,v in out.items()}
 
+# %% ../../nbs/training/55_turns.ipynb #81432b35
 @patch
 def learning(self:Turns,
 )->dict[str,list[str]]: # Names of parameters: `now` want a gradient, each turn holds
