@@ -7,4 +7,5 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'report': 'write_report',
     'experiments': 'run_experiment report_run',
     'benchmarks': 'bench',
-    'ablations': 'run_grid grid_table plot_grid'})
+    'ablations': 'run_grid grid_table plot_grid',
+    'comparisons': 'compare Side read_comparison'})

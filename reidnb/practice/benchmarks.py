@@ -179,12 +179,13 @@ def _train_ours(run, batches):
     with torch.enable_grad(): train_epoch(run)
 
 def _train_bare(run, batches):
-    run.model.train()
+    run.method.train()
+    optimizer, = run.turns.optimizers.values()
     with torch.enable_grad():
         for batch in batches:
             sum(run.method.loss(batch).values()).backward()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             run.method.after_batch(batch)
             run.method.after_step()
 
