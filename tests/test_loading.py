@@ -256,7 +256,7 @@ def test_a_run_is_the_same_crop_by_crop(name, tmp_path, monkeypatch):
         seed_everything(0)
         m = cls(s, crops)
         fit(m, tmp_path/str(batch), progress=False)
-        assert {type(x[2].dataset) for x in m._loaders} == {L.BatchDataset if batch else CropDataset}
+        assert {type(x[-1].dataset) for x in m._loaders} == {L.BatchDataset if batch else CropDataset}
         logs.append(plain(tmp_path/str(batch), ('seconds', 'share')))
     assert sum('loss' in r for r in logs[0]) >= 2
     if name != 'ice-small': assert logs[0] == logs[1]

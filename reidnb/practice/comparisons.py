@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -284,7 +284,7 @@ def images(self:Comparison,
             for k in self.sides}
 
 @patch
-def verdict(self:Comparison,
+def verdict(self:Comparison, # noqa: F811
     a:str, # A side
     b:str|None=None, # Another, or a start; None: the best start row
 )->str: # `ahead`, `level`, `behind`; `not comparable` where one side saw more images
@@ -299,6 +299,7 @@ def chosen(self:Comparison,
     side:str, # A side
 )->tuple[dict,str]: # Settings; a word when one of them is the smallest or largest that was tried
     "What a side chose on the validation site"
+    self.scores(side)   # says what is missing
     changes = next(r['changes'] for r in self.rows if (r['kind'], r['side'])==('run', side))
     tried = [r['changes'] for r in self.rows if (r['kind'], r['side'])==('trial', side)]
     edge = [k for k,v in changes.items() if isinstance(v, (int, float)) and len({t[k] for t in tried})>2

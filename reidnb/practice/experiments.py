@@ -13,7 +13,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 
 from ..core.checkpoints import seed_everything
 from ..core.distributed import join_processes, on_cpu, rank_size

@@ -17,7 +17,7 @@ import tempfile
 import traceback
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 

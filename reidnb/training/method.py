@@ -11,7 +11,7 @@ from typing import Iterable, Iterator, Literal
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.distributed import rank_size
 from ..data.crops import Crops
