@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NOT_NUMERIC = {'ablations', 'bench', 'cli', 'collector', 'datasets', 'datasets_property', 'house', 'report', 'site', 'viz'}
+NOT_NUMERIC = {'ablations', 'bench', 'cli', 'collector', 'comparisons', 'conformance', 'datasets', 'datasets_property', 'house',
+               'launch', 'loop_faults', 'report', 'site', 'viz'}
 
 ONE_MACHINE = ('killed', 'same_bytes', 'full_sizes', 'processes_agree', 'loader_processes')
 
