@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from toy_method import Toy
 from reidnb.core.distributed import gather
 from reidnb.data.samplers import FixedLength, ShuffleSampler
 from reidnb.methods.registry import RECIPES, recipe
 from reidnb.networks.teacher import EMATeacher
 from reidnb.training.conformance import CHECKS, check_method, small_settings
 from reidnb.training.labelling import ClusterSettings
-from reidnb.training.method import Method
 
 # What the small settings of a check do not know: sizes that a method's network needs, and switches that reach every stage
 CHANGES = {
@@ -38,28 +38,6 @@ def test_methods_keep_the_contract(name):
     cls, settings = settings_of(name)
     found = check_method(cls, settings)
     assert [f.name for f in found] == list(CHECKS) and not found.bad
-
-
-class Toy(Method):
-    "Names people by the mean colour of their crop; right in everything"
-    training_only = 'head.', 'labels'
-
-    def __init__(self, settings, crops=None):
-        super().__init__(settings, crops)
-        self.net, self.bn = nn.Linear(3, 8), nn.BatchNorm1d(8)
-        if crops is None: return
-        if crops.n_ids < 2: raise ValueError(f'{crops.n_ids} labelled people: at least 2 to tell apart')
-        self.register_buffer('labels', torch.from_numpy(crops.labels()))
-        self.head = nn.Linear(8, crops.n_ids)
-        self.data = self.loader(ShuffleSampler(np.flatnonzero(crops.pids > 0), 8, seed=settings.seed))
-
-    def features(self, batch):
-        "Mean colours, mapped and normalised"
-        return self.bn(self.net(4 * batch.images.mean((2, 3)) - 2))
-
-    def epoch(self, n): return self.batches(self.data, n)
-    def embed(self, images): return F.normalize(self.bn(self.net(4 * images.mean((2, 3)) - 2)), dim=1)
-    def loss(self, batch): return {'ce': F.cross_entropy(self.head(self.features(batch)), self.labels[batch.index])}
 
 
 def test_the_toy_without_a_fault_passes():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import reidnb.training.loop as loop
+from toy_method import Toy
 from reidnb.core.checkpoints import seed_everything
 from reidnb.core.distributed import gather
 from reidnb.data.crops import UNKNOWN, ReIDData
@@ -46,28 +47,6 @@ def _one_thread():
         warnings.simplefilter('ignore')
         yield
     torch.set_num_threads(threads)
-
-
-class Toy(Method):
-    "Names people by the mean colour of their crop"
-    training_only = 'head.', 'labels'
-
-    def __init__(self, settings, crops=None):
-        super().__init__(settings, crops)
-        self.net, self.bn = nn.Linear(3, 8), nn.BatchNorm1d(8)
-        if crops is None: return
-        if crops.n_ids < 2: raise ValueError(f'{crops.n_ids} labelled people: at least 2 to tell apart')
-        self.register_buffer('labels', torch.from_numpy(crops.labels()))
-        self.head = nn.Linear(8, crops.n_ids)
-        self.data = self.loader(ShuffleSampler(np.flatnonzero(crops.pids > 0), 8, seed=settings.seed))
-
-    def features(self, batch):
-        "Mean colours, mapped and normalised"
-        return self.bn(self.net(4 * batch.images.mean((2, 3)) - 2))
-
-    def epoch(self, n): return self.batches(self.data, n)
-    def embed(self, images): return F.normalize(self.bn(self.net(4 * images.mean((2, 3)) - 2)), dim=1)
-    def loss(self, batch): return {'ce': F.cross_entropy(self.head(self.features(batch)), self.labels[batch.index])}
 
 
 class Pair(Method):
