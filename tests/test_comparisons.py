@@ -97,3 +97,13 @@ def test_killed_and_asked_again_it_goes_on(tmp_path):
         return sorted(json.dumps({k: v for k, v in r.items() if k != 'seconds'}, sort_keys=True) for r in found)
     assert rows('cut.json') == rows('whole.json')
     assert not [p for p in Path(tmp_path / 'cut').glob('*')]   # folders of finished runs are gone
+
+
+def test_a_side_that_diverged_gets_no_word():
+    "One of its runs has no score"
+    rows = [dict(kind=k, side='a', seed=s, on='test', changes={}, mAP=.2, images=8) for k in ('untrained', 'statistics') for s in range(3)]
+    rows += [dict(kind='run', side='a', seed=s, on='test', changes={}, **(dict(error='inf') if s == 1 else dict(mAP=.5, images=8)))
+             for s in range(3)]
+    found = read_comparison(dict(name='comparison', metrics=dict(rows=rows), settings=dict(
+        value='mAP', seeds=[0, 1, 2], sides={'a': {}}, simple=[], differ=[])))
+    assert found.verdict('a') == 'not comparable'

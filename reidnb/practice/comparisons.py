@@ -6,6 +6,7 @@
 __all__ = ['verdict', 'Side', 'compare', 'Comparison', 'read_comparison']
 
 # %% ../../nbs/practice/38_comparisons.ipynb #3a19b2c0
+import functools
 import itertools
 import json
 import os
@@ -91,6 +92,7 @@ def _other_site(
         f'{validation.name!r} is the data set that is tested: choose a site with other people and cameras')
 
 # %% ../../nbs/practice/38_comparisons.ipynb #07f57412
+@functools.cache   # once a process, which makes many runs
 def _watch_parent():
     "A run ends when who started it is gone, so that a second start finds its folder alone"
     parent = os.getppid()
@@ -109,6 +111,10 @@ def _run(
 )->dict: # Scores and facts, a row of the card
     "Build, train if asked for, and score"
     if not alone: _watch_parent(); torch.set_num_threads(1)
+    with warnings.catch_warnings(): return _quiet(job)
+
+def _quiet(job):
+    "The run itself"
     warnings.simplefilter('ignore')
     start, s, data, kind = time.perf_counter(), job['settings'], job['data'], job['row']['kind']
     seed_everything(s.seed)
@@ -287,12 +293,13 @@ def images(self:Comparison,
 def verdict(self:Comparison, # noqa: F811
     a:str, # A side
     b:str|None=None, # Another, or a start; None: the best start row
-)->str: # `ahead`, `level`, `behind`; `not comparable` where one side saw more images
+)->str: # `ahead`, `level`, `behind`; `not comparable` where a side saw more images, or a run of it diverged
     "The word for two sides"
     b = self.starts()[0] if b is None else b
     seen = [v for k,v in self.images().items() if k in (a, b)]
     if max(seen)>1.02*min(seen) and 'images' not in self.about['differ']: return 'not comparable'
-    return verdict(self.scores(a), self.scores(b))
+    scores = self.scores(a), self.scores(b)
+    return verdict(*scores) if np.isfinite(scores).all() else 'not comparable'
 
 @patch
 def chosen(self:Comparison,
