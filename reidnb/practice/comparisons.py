@@ -6,7 +6,6 @@
 __all__ = ['verdict', 'Side', 'compare', 'Comparison', 'read_comparison']
 
 # %% ../../nbs/practice/38_comparisons.ipynb #3a19b2c0
-import functools
 import itertools
 import json
 import os
@@ -92,14 +91,14 @@ def _other_site(
         f'{validation.name!r} is the data set that is tested: choose a site with other people and cameras')
 
 # %% ../../nbs/practice/38_comparisons.ipynb #07f57412
-@functools.cache   # once a process, which makes many runs
 def _watch_parent():
     "A run ends when who started it is gone, so that a second start finds its folder alone"
+    if any(t.name=='parent' for t in threading.enumerate()): return   # an earlier run in this process
     parent = os.getppid()
     def look():
         while os.getppid()==parent: time.sleep(.5)
         os._exit(1)
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=look, name='parent', daemon=True).start()
 
 def _score(method, data): # What a row keeps of a test
     m = rank(method, data).scores
