@@ -26,7 +26,8 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "notebook": ["ipython>=8", "ipywidgets>=8"], "timm": ["timm>=1.0"]},
+    extras_require={"dev": cfg["dev_requirements"].split(), "notebook": ["ipython>=8", "ipywidgets>=8"], "timm": ["timm>=1.0"],
+                    "styles": ["scikit-image>=0.22", "torchmetrics>=1.4"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

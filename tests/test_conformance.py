@@ -16,7 +16,9 @@ from reidnb.training.labelling import ClusterSettings
 # What the small settings of a check do not know: sizes that a method's network needs, and switches that reach every stage
 CHANGES = {
     'baseline-small': {}, 'qaconv-small': dict(epochs=2), 'scr-small': dict(epochs=2, height=96, width=48),
-    'pcb-small': dict(epochs=2, height=96, width=48), 'ice-small': dict(keep=.9), 'spcl': {}, 'cap': dict(inter_from=1)}
+    'pcb-small': dict(epochs=2, height=96, width=48), 'ice-small': dict(keep=.9), 'spcl': {}, 'cap': dict(inter_from=1),
+    'ecn-small': dict(embedding=32, neighbours=3, neighbours_from=1, styles='histogram'), 'ecn': dict(embedding=32, neighbours=3, memory='batch', frozen_stages=1),
+    'camstyle-small': dict(channels=4, blocks=1, n_critic=2)}
 
 
 def settings_of(name):

@@ -81,10 +81,11 @@ def item_states(
     seed:int, # Seed of the run
     epoch:int, # Epoch, from 0
     rows, # Rows, or `Row`s that count their visits
+    stream:int=0, # A number for each thing that draws on its own
 )->list[int]: # What `item_state` gives for each
     "The random states of the items of a batch"
     visits = [getattr(i, 'visit', 0) for i in rows]
-    return hash_keys([(seed, epoch, int(i), 0) + (v,)*(v>0) for i,v in zip(rows, visits)])
+    return hash_keys([(seed, epoch, int(i), stream) + (v,)*(v>0) for i,v in zip(rows, visits)])
 
 # %% ../../nbs/data/45_items.ipynb #4a72a391
 class CropDataset(Dataset):

@@ -320,6 +320,7 @@ def _stacked(dataset, rows): # A batch of a dataset
 def _collate(items): return default_collate(items) if isinstance(items, list) else items
 
 def _pinned(x):
+    if isinstance(x, dict): return {k: _pinned(v) for k,v in x.items()}
     return type(x)(map(_pinned, x)) if isinstance(x, (tuple, list)) else x.pin_memory()
 
 def _ahead(make, plan): # What `make` returns for each of the plan, made in a thread one ahead

@@ -2,4 +2,5 @@
 from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
-    'camstyle': 'CamStyleDataset find_fakes fake_name'})
+    'stargan': 'StyleGenerator StyleCritic gradient_penalty',
+    'camstyle': 'CamStyle CamStyleSettings restyle stylise open_fakes CamStyleDataset find_fakes fake_name'})

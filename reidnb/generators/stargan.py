@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['StyleGenerator', 'StyleCritic', 'gradient_penalty']
 
-# %% ../../nbs/generators/05_stargan.ipynb #d0a3a4da
+# %% ../../nbs/generators/05_stargan.ipynb #ca46ba46
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/generators/05_stargan.ipynb #f975c4dd
+# %% ../../nbs/generators/05_stargan.ipynb #8e431d8d
 def _norm(n): return nn.InstanceNorm2d(n, affine=True)
 
 class _Residual(nn.Sequential):
@@ -27,6 +27,7 @@ class StyleGenerator(nn.Module):
         n_cams:int, # Cameras, at least 1
         channels:int=64, # Channels at full size
         blocks:int=6, # Residual blocks at a quarter of the size
+        residual:bool=False, # Begin with the picture itself and learn what changes
     ):
         super().__init__()
         if n_cams<1: raise ValueError(f'{n_cams} cameras: give 1 or more')
@@ -37,7 +38,9 @@ class StyleGenerator(nn.Module):
             down(n, 2*n), _norm(2*n), nn.ReLU(), down(2*n, 4*n), _norm(4*n), nn.ReLU(),
             *[_Residual(4*n) for _ in range(blocks)],
             up(4*n, 2*n), _norm(2*n), nn.ReLU(), up(2*n, n), _norm(n), nn.ReLU(),
-            nn.Conv2d(n, 3, 7, padding=3, bias=False), nn.Tanh())
+            nn.Conv2d(n, 3, 7, padding=3, bias=False))
+        self.residual = residual
+        if residual: nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self,
         x:Tensor, # Pictures in `[-1,1]`, `(B,3,H,W)`; H and W multiples of 4
@@ -45,9 +48,10 @@ class StyleGenerator(nn.Module):
     )->Tensor: # Pictures in the style of these cameras, `(B,3,H,W)` in `[-1,1]`
         planes = F.one_hot(cams, self.layers[0].weight.shape[1]-3).to(x.dtype)
         planes = planes[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        return self.layers(torch.cat([x, planes], 1))
+        y = self.layers(torch.cat([x, planes], 1)).float()
+        return torch.tanh(y+torch.atanh(.998*x.float()) if self.residual else y)
 
-# %% ../../nbs/generators/05_stargan.ipynb #a66ac030
+# %% ../../nbs/generators/05_stargan.ipynb #9e253fc9
 class StyleCritic(nn.Module):
     "Scores of patches, and logits of the camera (Choi et al. 2018; ECN section 3.4)"
     def __init__(self,
@@ -73,7 +77,7 @@ class StyleCritic(nn.Module):
         f = self.layers(x)
         return self.real(f), self.camera(f).flatten(1)
 
-# %% ../../nbs/generators/05_stargan.ipynb #157b9b9c
+# %% ../../nbs/generators/05_stargan.ipynb #51177469
 def gradient_penalty(
     critic, # Pictures -> scores `(B,...)`; of a tuple the first counts
     real:Tensor, # Pictures, `(B,3,H,W)`

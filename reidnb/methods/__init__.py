@@ -6,5 +6,6 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'baseline': 'Baseline BaselineSettings',
     'qaconv': 'QAConv QAConvSettings explore_matches',
     'scr': 'SCR SCRSettings',
+    'ecn': 'ECN ECNSettings',
     'proxies': 'SpCL SpCLSettings CAP CAPSettings',
     'ice': 'ICE ICESettings'})

@@ -26,6 +26,7 @@ def _methods(room, method): # Where a method and its settings are
     return f'reidnb.methods.{room}:{method}', f'reidnb.methods.{room}:{method}Settings'
 
 _SCR = _methods('scr', 'SCR')
+_CAMSTYLE = [f'reidnb.generators.camstyle:CamStyle{k}' for k in ('', 'Settings')]
 _SMALL = dict(backbone='small', weights='small', height=128, width=64)
 _SCR_SMALL = _SMALL | dict(height=96, width=48, epochs=12, warmup=1, epoch_of='images', decay='cosine',
                            lr=1e-2, backbone_lr=.1)
@@ -52,6 +53,14 @@ RECIPES = { # Name -> recipe
         epochs=6, iterations=25, warmup=1, lr=7e-4, keep=.99, k1=12, eps=.5, pad=5, blur_radius=1.)),
     'spcl': Recipe(*_methods('proxies', 'SpCL')),
     'cap': Recipe(*_methods('proxies', 'CAP')),
+    'ecn': Recipe(*_methods('ecn', 'ECN')),
+    'ecn-small': Recipe(*_methods('ecn', 'ECN'), _SMALL | dict(
+        weights='attributes', epochs=8, steps=(6,), batch_size=32, embedding=512, frozen_stages=1, lr=.05,
+        neighbours_from=2)),
+    'camstyle': Recipe(*_CAMSTYLE),
+    'camstyle-small': Recipe(*_CAMSTYLE, dict(
+        height=64, width=32, layers=4, channels=32, blocks=3, residual=True,
+        epochs=40, lr=3e-4)),
 }
 
 # %% ../../nbs/methods/05_registry.ipynb #cc98e533

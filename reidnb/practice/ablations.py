@@ -18,7 +18,7 @@ import numpy as np
 from ..core.checkpoints import seed_everything
 from ..core.figures import BLUE
 from ..data.checks import check, data_facts
-from ..data.crops import ReIDData
+from ..data.crops import Crops, ReIDData
 from ..methods.registry import recipe
 from .experiments import device
 from ..training.cards import make_card, write_card
@@ -32,12 +32,13 @@ def _train_one(
     train:ReIDData, # Data to train on
     tests:dict, # Name -> data with query and gallery
     posts:tuple, # Post-processing of the distances, see `reidnb.ranking.postprocessing`
+    source:tuple=(), # The second table, of methods that have one
 )->tuple[list,dict]: # Scores, one dict a test and post; facts about the run
     "Train one variant with one seed and score it everywhere"
     changes = dict(changes)
     cls, s = recipe(changes.pop('recipe', name), **changes)
     seed_everything(s.seed)
-    method = cls(s, train.train)
+    method = cls(s, train.train, *source)
     method.to(device())
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as out: log = fit(method, out, progress=False)
@@ -64,6 +65,7 @@ def run_grid(
     train:ReIDData, # Data to train on
     tests:dict, # Name -> data with query and gallery
     *,
+    source:Crops|None=None, # Labelled crops, for methods of two tables
     seeds:tuple=(0,), # Seeds; each variant is trained with each of them
     posts:tuple=('none',), # Post-processing, see `reidnb.ranking.postprocessing.POSTS`
     report=print, # Called with a line after each run; None: silent
@@ -72,6 +74,8 @@ def run_grid(
     "Train and score all variants, and keep the table in one card"
     path, rows, seconds = Path(card), [], 0.
     data = dict(train=data_facts(train), tests={k: data_facts(d) for k,d in tests.items()})
+    second = () if source is None else (source,)
+    if second: data['source'] = source.fingerprint()
     full = {k: {**base, **v} for k,v in variants.items()}
     check(train)
     if path.exists(): rows, seconds = _known(path, full, data)
@@ -79,7 +83,7 @@ def run_grid(
         for label,changes in full.items():
             if any(r['variant']==label and r['seed']==seed for r in rows): continue
             start = time.perf_counter()
-            scores, facts = _train_one(name, changes | {'seed': seed}, train, tests, tuple(posts))
+            scores, facts = _train_one(name, changes | {'seed': seed}, train, tests, tuple(posts), second)
             epochs = facts.pop('epochs')
             rows += [dict(variant=label, seed=seed, **s, **facts) for s in scores]
             if epochs: rows[-len(scores)]['epochs'] = epochs
@@ -97,7 +101,8 @@ def run_grid(
 def _known(path, variants, data): # Rows and seconds of a card made with the same settings on the same data
     card, plain = json.loads(path.read_text()), lambda x: json.loads(json.dumps(x))
     if card.get('name')!='grid': raise ValueError(f'{path} is no card of a grid: choose another file')
-    prints = lambda d: (d['train']['fingerprint'], {k: v['fingerprint'] for k,v in d['tests'].items()})
+    prints = lambda d: (d['train']['fingerprint'], {k: v['fingerprint'] for k,v in d['tests'].items()},
+                        d.get('source'))
     if prints(card['data'])!=prints(plain(data)): raise ValueError(
         f'{path} was made on other data: delete it, or choose another file')
     for k,v in plain(variants).items():

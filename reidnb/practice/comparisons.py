@@ -6,6 +6,7 @@
 __all__ = ['verdict', 'Side', 'compare', 'Comparison', 'read_comparison']
 
 # %% ../../nbs/practice/38_comparisons.ipynb #3a19b2c0
+import inspect
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from joblib import Parallel, delayed, parallel_config
 
 from ..core.checkpoints import seed_everything
 from ..data.checks import check, data_facts
-from ..data.crops import ReIDData
+from ..data.crops import Crops, ReIDData
 from ..methods.registry import recipe
 from .ablations import Grid
 from .experiments import device
@@ -52,6 +53,7 @@ class Side:
     recipe:str # Name in `RECIPES`
     settings:dict=field(default_factory=dict) # Settings that differ from the recipe's
     tries:dict=field(default_factory=dict) # Setting -> values to try; empty: rates around the recipe's
+    own:bool=False # Its source are the named crops of the site itself: what names would bring
 
     def trials(self,
         n:int, # Trials of every side
@@ -83,12 +85,16 @@ def _same_chances(
 def _other_site(
     data:ReIDData, # What is tested
     validation:ReIDData, # Where sides choose
+    source:Crops|None=None, # Labelled crops to adapt from
 )->None: # Nothing; raises when they share people or cameras
     "Refuse a validation site that knows the test"
     for d in (data, validation): d.need('train', 'query', 'gallery')
     names = [{c.dataset for c in d.subsets.values() if c is not None}-{''} for d in (data, validation)]
     if names[0] & names[1] or data.fingerprint()==validation.fingerprint(): raise ValueError(
         f'{validation.name!r} is the data set that is tested: choose a site with other people and cameras')
+    known = names[0] | names[1]
+    if source is not None and (source.dataset in known or not source.labelled): raise ValueError(
+        f'{source.name!r} as a source: choose labelled crops of a third place')
 
 # %% ../../nbs/practice/38_comparisons.ipynb #07f57412
 def _watch_parent():
@@ -117,7 +123,7 @@ def _quiet(job):
     warnings.simplefilter('ignore')
     start, s, data, kind = time.perf_counter(), job['settings'], job['data'], job['row']['kind']
     seed_everything(s.seed)
-    method, images = job['cls'](s, data.train).to(device()), 0
+    method, images = job['cls'](s, data.train, *job['source']).to(device()), 0
     if kind in ('statistics', 'trial', 'run'):
         if kind=='statistics': method.rate = lambda n, turn='all': 0.
         try: images = sum(r['images'] for r in fit(method, job['folder'], progress=False) if 'images' in r)
@@ -147,9 +153,9 @@ def _clock(seconds): return f'{int(seconds)//3600}:{int(seconds)//60%60:02}:{int
 # %% ../../nbs/practice/38_comparisons.ipynb #52c03f5d
 class _Plan:
     "The runs of a comparison, those that are done, and the card that keeps them"
-    def __init__(self, card, sides, data, validation, trials, seeds, base, simple, about):
+    def __init__(self, card, sides, data, validation, source, trials, seeds, base, simple, about):
         self.path, self.sides, self.seeds, self.base, self.about = Path(card), sides, list(seeds), base, about
-        self.sites = dict(test=data, validation=validation)
+        self.sites, self.source = dict(test=data, validation=validation), source
         self.trials, self.simple, self.rows, self.start = trials, simple, [], time.perf_counter()
         self.facts = {k: data_facts(d) for k,d in self.sites.items()}
         if self.path.exists(): self.rows = _known(self)
@@ -160,8 +166,10 @@ class _Plan:
         cls, s = recipe(one.recipe, **{**self.base, **one.settings, **changes, 'seed': seed})
         row = dict(kind=kind, side=side, seed=seed, on=on, changes=changes)
         folder = self.path.with_suffix('')/f'{kind}-{side}-{seed}-{on}-{"-".join(map(str, changes.values()))}'
+        takes = 'source' in inspect.signature(cls.__init__).parameters
+        source = self.sites[on].train if one.own else self.source
         return dict(row=row, cls=cls, settings=s, data=self.sites[on], folder=folder,
-                    use=self.simple.get(side))
+                    source=[source]*(takes and source is not None), use=self.simple.get(side))
 
     def first(self):
         "Start rows and trials"
@@ -180,7 +188,8 @@ class _Plan:
 
 # %% ../../nbs/practice/38_comparisons.ipynb #6682b0fb
 def _header(plan): # What the comparison is
-    return dict(sides={k: asdict(s) for k,s in plan.sides.items()}, base=plan.base, trials=plan.trials,
+    told = lambda s: {k: v for k,v in asdict(s).items() if k!='own' or v}   # older cards do not know it
+    return dict(sides={k: told(s) for k,s in plan.sides.items()}, base=plan.base, trials=plan.trials,
                 simple=list(plan.simple), **plan.about)
 
 def _known(plan):
@@ -229,6 +238,7 @@ def compare(
     *,
     trials:int=5, # Trials of every side on the validation site
     seeds:tuple=(0, 1, 2), # Seeds on the test site, three or more
+    source:Crops|None=None, # Labelled crops of a third place, for methods of two tables
     simple:dict|None=None, # Label -> function (untrained method of the first side, data) -> scores by name
     differ:tuple=(), # Settings in which sides may differ; `images` for the images seen
     value:str='mAP', # Score that chooses and decides
@@ -241,10 +251,11 @@ def compare(
     if len(set(seeds))<3: raise ValueError(f'{len(set(seeds))} seeds: a comparison needs at least three')
     if set(simple or {}) & set(sides): raise ValueError('a simple use has the name of a side')
     _same_chances({k: recipe(s.recipe, **{**base, **s.settings})[1] for k,s in sides.items()}, differ)
-    _other_site(data, validation)
+    _other_site(data, validation, source)
     check(data); check(validation)
     about = dict(value=value, seeds=list(seeds), differ=list(differ))
-    plan = _Plan(card, sides, data, validation, trials, seeds, base, simple or {}, about)
+    if source is not None: about['source'] = source.fingerprint()
+    plan = _Plan(card, sides, data, validation, source, trials, seeds, base, simple or {}, about)
     workers = workers or _cores()
     _go(plan, plan.first(), workers, report, more=len(sides)*len(seeds))
     best = {k: plan.chosen(k, value) for k in sides}

@@ -125,7 +125,7 @@ def run_experiment(
     facts = {'source': _table_facts(x) for x in second}
     if start: method.began = str(start_from(method, start)); say(method.began)
     method.to(device())
-    tested = data.query is not None and data.gallery is not None
+    tested = method.has_features and data.query is not None and data.gallery is not None
     first = rank(method, data) if before and tested else None
     prepared = time.perf_counter()-clock
     earlier = read_log(out) if resume and (Path(out)/'log.jsonl').exists() else None

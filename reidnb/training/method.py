@@ -32,6 +32,7 @@ class Batch:
     index:Tensor # Rows of the training crops, int64 `(B,)`
     kept:dict=field(default_factory=dict) # What `loss` hands to `after_batch` and to later turns, by name
     source:'Batch|None'=None # Images and rows of the labelled source, where a method has one
+    extra:dict=field(default_factory=dict) # What the items tell beside image and row, name -> tensor
     def __len__(self): return len(self.index)
 
     def to(self,
@@ -41,7 +42,8 @@ class Batch:
         move = lambda x: x.to(device, non_blocking=True)
         views = isinstance(self.images, (tuple, list))
         return Batch(tuple(map(move, self.images)) if views else move(self.images), move(self.index),
-                     self.kept, self.source and self.source.to(device))
+                     self.kept, self.source and self.source.to(device),
+                     {k: move(v) for k,v in self.extra.items()})
 
 # %% ../../nbs/training/10_method.ipynb #c311cc00
 class Method(Trainable):
@@ -134,6 +136,11 @@ def size(self:Method)->tuple[int,int]: # Height and width, pixels
     return self.settings.height, self.settings.width
 
 @patch(as_prop=True)
+def has_features(self:Method)->bool: # False: it makes pictures, or something else that is not searched
+    "Whether crops can be compared by it"
+    return type(self).embed is not Method.embed
+
+@patch(as_prop=True)
 def is_cosine(self:Method)->bool: # True: a search may use the faster ways that cosines allow
     "Whether `distance` is the cosine distance"
     return type(self).distance is Method.distance
@@ -167,9 +174,9 @@ def new_backbone(self:Method,
 def loader(self:Method,
     sampler, # Plans batches over all processes, see `reidnb.data.samplers`
     transform=None, # From PIL image to what a batch stacks; not used with `dataset`
-    dataset=None, # Items (image, row) with `set_epoch`; None: the crops, see `training_items`
+    dataset=None, # Items (image, row) or (image, row, extra) with `set_epoch`; None: the crops
     crops:Crops=None, # The table, such as `self.source`; None: the training crops
-)->EpochLoader: # Yields (images, rows)
+)->EpochLoader: # Yields (images, rows), and a dict where the items tell more
     "A loader over a table; the same transform finds pixels and processes of an earlier epoch"
     kept, s = self.__dict__.setdefault('_loaders', []), self.settings
     table = self.crops if crops is None else crops
@@ -196,9 +203,13 @@ def batches(self:Method,
         x.dataset.set_epoch(n)
         x.batch_sampler.set_epoch(n)
         x.batch_sampler.rank, x.batch_sampler.world = rank_size()
-    ours = (Batch(images, index) for images,index in loader)
+    ours = (_batch(x) for x in loader)
     if source is None: return ours
     if len(loader)!=len(source): raise ValueError(
         f'{len(loader)} batches of the crops, {len(source)} of the source in epoch {n}: wrap both samplers '
         f'in FixedLength with one number; an epoch of P x K batches is not always as long as the last')
-    return (replace(b, source=Batch(*other)) for b,other in zip(ours, source, strict=True))
+    return (replace(b, source=_batch(other)) for b,other in zip(ours, source, strict=True))
+
+def _batch(items): # Images, rows and, where the items tell more, a dict of it
+    images, index, *more = items
+    return Batch(images, index, extra=more[0] if more else {})

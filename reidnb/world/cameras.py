@@ -9,7 +9,7 @@ __all__ = ['Style', 'CameraLook', 'sample_looks', 'person_window', 'view_grid', 
 # %% ../../nbs/world/35_cameras.ipynb #26f29543
 import io
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,15 @@ class CameraLook:
         "Move the cameras, with their poses, to a device"
         return CameraLook(*[Pose(*[getattr(v, f.name).to(device) for f in fields(v)])
         if isinstance(v, Pose) else v.to(device) for v in (getattr(self, f.name) for f in fields(self))])
+
+    def with_style(self,
+        camera:int, # Row of the camera whose style all get, from 0
+    )->'CameraLook': # Cameras that hang where they hung
+        "Electronics and light of one camera in the place of every other; place, lens and things in the way stay"
+        if not 0<=camera<len(self): raise ValueError(f'camera {camera} of {len(self)}: from 0')
+        own = 'white gain gamma saturation contrast haze blur noise rows quality sun light'.split()
+        one = lambda t: t[camera].expand_as(t)
+        return replace(self, **{k: one(getattr(self, k)) for k in own})
 
 # %% ../../nbs/world/35_cameras.ipynb #edb31352
 def sample_looks(
