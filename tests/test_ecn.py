@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from reidnb.core.checkpoints import seed_everything
 from reidnb.data.crops import ReIDData
 from reidnb.data.toys import toy_crops
 from reidnb.generators.camstyle import CamStyle, CamStyleSettings, find_fakes, open_fakes, stylise
 from reidnb.methods.ecn import ECN, ECNSettings
 from reidnb.practice.cli import main
 from reidnb.practice.comparisons import Side, compare
-from reidnb.training.loop import read_log
+from reidnb.training.loop import fit, read_log
 from reidnb.training.models import load_model
 
 GAN = '--height 32 --width 16 --layers 2 --channels 4 --blocks 1 --epochs 2 --iterations 3 --batch-size 8 --n-critic 2'
@@ -98,3 +99,28 @@ def test_a_comparison_with_a_source(tmp_path):
     assert set(found.sides) == {'given', 'own'} and found.card['settings']['source'] == source.fingerprint()
     with pytest.raises(ValueError, match='other source'):
         compare(tmp_path / 'c.json', sides, test, validation, source=source[:-1], trials=1, workers=1, report=None, **base)
+
+
+@pytest.mark.parametrize('turn', CamStyle.turns)
+def test_a_run_that_is_killed_in_a_turn_goes_on(turn, tmp_path):
+    "Killed inside the critic's turn or the generator's, and begun again, a run ends as if nobody had killed it"
+    class Killed(BaseException): pass
+    crops = toy_crops(4, n_cams=3, n_each=2, height=32)
+    s = CamStyleSettings(height=32, width=16, layers=2, channels=4, blocks=1, batch_size=8, epochs=3, iterations=4, n_critic=2)
+    def run(folder, at=None):
+        seed_everything(0)
+        method, made = CamStyle(s, crops), []
+        loss = method.loss
+        def watched(batch, which):
+            found = loss(batch, which)
+            made.append(which == turn and bool(found))
+            if at and sum(made) == at: raise Killed
+            return found
+        method.loss = watched
+        fit(method, folder, progress=False)
+        return method.state_dict()
+    whole = run(tmp_path / 'whole')
+    with pytest.raises(Killed): run(tmp_path / 'cut', at=6 if turn == 'critic' else 3)   # in the second epoch
+    assert (tmp_path / 'cut' / 'checkpoint.pt').exists()
+    again = run(tmp_path / 'cut')
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())

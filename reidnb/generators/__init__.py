@@ -3,4 +3,5 @@ from reidnb import _face
 
 __getattr__, __dir__, __all__ = _face(__name__, {
     'stargan': 'StyleGenerator StyleCritic gradient_penalty',
-    'camstyle': 'CamStyle CamStyleSettings restyle stylise open_fakes CamStyleDataset find_fakes fake_name'})
+    'fakes': 'find_fakes fake_name histogram_fakes true_fakes fake_error',
+    'camstyle': 'CamStyle CamStyleSettings restyle stylise open_fakes CamStyleDataset'})

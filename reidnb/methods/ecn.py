@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ECNSettings', 'ecn_transform', 'ECN', 'batch_invariance']
 
-# %% ../../nbs/methods/40_ecn.ipynb #759d26ef
+# %% ../../nbs/methods/40_ecn.ipynb #f50c1e36
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +31,7 @@ from ..training.labelling import shared_features
 from ..training.method import Batch, Method
 from ..training.settings import Count, EncoderSettings, Part, Positive, Share, Whole
 
-# %% ../../nbs/methods/40_ecn.ipynb #d85bcad0
+# %% ../../nbs/methods/40_ecn.ipynb #85d6cc59
 @dataclass(frozen=True)
 class ECNSettings(EncoderSettings):
     "Settings of ECN (ECN section 4.2); where paper and code differ, the code's"
@@ -54,12 +54,12 @@ class ECNSettings(EncoderSettings):
     neighbours_from:Whole=5 # First epoch with neighbours
     keep_rate:Positive=.01 # Rise of the memory's keep rate an epoch (eq. 2)
     memory:Literal['exemplar','batch']='exemplar' # `batch`: the softmax is over the batch (Tab. 3)
-    styles:str='none' # Fakes: a CamStyle run, a folder, `histogram`, `truth`, `none`; `{}`: the data set's name
+    styles:str='none' # Fakes: run of CamStyle, folder, `histogram`, `truth`, `none`; `{}`: data set's name
     area:Part=.64 # Smallest share of a crop that the random cut keeps
     flip:Part=.5 # Probability of a mirror image
     erase:Part=.5 # Probability of erasing; the code has 0 where the target is MSMT17
 
-# %% ../../nbs/methods/40_ecn.ipynb #105a3e60
+# %% ../../nbs/methods/40_ecn.ipynb #90e1697a
 def ecn_transform(
     s:ECNSettings, # Size, smallest cut, mirror, erasing
 )->T.Compose: # PIL image RGB -> float32 `(3,H,W)`
@@ -69,7 +69,7 @@ def ecn_transform(
              T.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD), inplace=True)]
     return T.Compose(steps+[RandomErasing(s.erase, (.02, .2), (.3, 3.))]*bool(s.erase))
 
-# %% ../../nbs/methods/40_ecn.ipynb #34cb1fb8
+# %% ../../nbs/methods/40_ecn.ipynb #1aae4615
 class ECN(Method):
     "Exemplar, camera and neighbourhood invariance of a target beside the people of a source (ECN section 3)"
     training_only = 'embedding.', 'classifier.', 'memory.', 'near'
@@ -93,25 +93,27 @@ class ECN(Method):
         self.freeze(*[f'encoder.backbone.{k}' for stage in net.stages[:s.frozen_stages] for k in stage])
         self.transform, self.items = ecn_transform(s), _items(s, crops, ecn_transform(s))
 
-    def embed(self, images):
+    def embed(self,
+        images:Tensor, # Normalised crops, `(B,3,H,W)`
+    )->Tensor: # Unit rows, float32 `(B,D)`
         "Pooled feature of unit length; the embedding of training is not used"
         return self.encoder.embed(images)
 
-# %% ../../nbs/methods/40_ecn.ipynb #20c200ad
+# %% ../../nbs/methods/40_ecn.ipynb #d5c45938
 def _check_tables(s, crops, source): # Raises with what is missing
     "Whether the tables carry what the settings ask for"
     if s.weight<1 and (source is None or source.n_ids<2):
-        swapped = '; the target has people, are target and source swapped?'*(source is not None and crops.n_ids>1)
+        named = source is not None and crops.n_ids>1
         raise ValueError('ECN needs a source: labelled crops of at least 2 people (--source), or weight=1 for '
-                         f'the target alone{swapped}')
+                         'the target alone'+'; the target has people, are target and source swapped?'*named)
     for table in [crops]*bool(s.weight) + [source]*(s.weight<1):
         n, least = int((table.pids>0).sum()) if table is source else len(table), 2*rank_size()[1]
         if n<least: raise ValueError(f'{n} crops in {table.name!r}: batch norm needs at least {least}')
     if s.weight and s.neighbours>len(crops): warnings.warn(
         f'neighbours={s.neighbours}, and the target has {len(crops)} crops: all of them are neighbours')
     if not s.weight or s.styles in ('none', ''): return
-    if not crops.has_cams: raise ValueError(f'{crops.name!r} has crops without a camera, fakes have one: give '
-                                            f"cameras, or choose styles='none'")
+    if not crops.has_cams: raise ValueError(
+        f"{crops.name!r} has crops without a camera, fakes have one: give cameras, or choose styles='none'")
     if crops.n_cams<2: raise ValueError(f"{crops.name!r} has one camera, so no other style: styles='none'")
 
 def _items(s, crops, transform): # Items of the target, styled where there are fakes; None: crops as they are
@@ -120,7 +122,7 @@ def _items(s, crops, transform): # Items of the target, styled where there are f
     if fakes is None: warnings.warn("styles='none': no fakes, so camera invariance has nothing to compare")
     return fakes and CamStyleDataset(crops, transform, fakes, seed=s.seed, tell=True)
 
-# %% ../../nbs/methods/40_ecn.ipynb #a6fb7227
+# %% ../../nbs/methods/40_ecn.ipynb #25ff162b
 @patch
 def loss(self:ECN,
     batch:Batch, # Crops of the target, with the source beside them; with weight 0 crops of the source
@@ -134,6 +136,7 @@ def loss(self:ECN,
     if s.weight: terms['target'] = s.weight*self.target(batch)
     return terms
 
+# %% ../../nbs/methods/40_ecn.ipynb #7ae4ae1d
 @patch
 def target(self:ECN,
     batch:Batch, # Crops of the target; `extra['fake']` says which are fakes
@@ -155,7 +158,7 @@ def after_batch(self:ECN,
     if (f := batch.kept.get('features')) is None: return
     self.memory.update(f, batch.index, keep=keep_schedule(self.n, self.settings.keep_rate))
 
-# %% ../../nbs/methods/40_ecn.ipynb #48817c7a
+# %% ../../nbs/methods/40_ecn.ipynb #58349952
 @patch
 def epoch(self:ECN,
     n:int, # Epoch, from 0
@@ -164,9 +167,9 @@ def epoch(self:ECN,
     s = self.settings
     free = ShuffleSampler(len(self.crops), s.batch_size, seed=s.seed)
     if s.weight and s.memory=='batch': free = self.groups()
-    known = ShuffleSampler(np.flatnonzero(self.source.pids>0), s.batch_size, seed=s.seed) if s.weight<1 else free
-    many = s.iterations or len(known)
-    target = source = None
+    known = target = source = None
+    if s.weight<1: known = ShuffleSampler(np.flatnonzero(self.source.pids>0), s.batch_size, seed=s.seed)
+    many = s.iterations or len(known or free)
     if s.weight: target = self.loader(FixedLength(free, many), self.transform, self.items)
     if s.weight<1: source = self.loader(FixedLength(known, many), self.transform, crops=self.source)
     if s.weight in (0, 1): yield from self.batches(target or source, n)
@@ -185,7 +188,7 @@ def look(self:ECN,
     pids = torch.from_numpy(self.crops.pids)
     return out | {'neighbours': float((pids[near]==pids[some, None]).float().mean())}
 
-# %% ../../nbs/methods/40_ecn.ipynb #ed1583c3
+# %% ../../nbs/methods/40_ecn.ipynb #dfa38383
 def batch_invariance(
     f:Tensor, # Features of this process, `(B,D)`
     index:Tensor, # Row of each in the target, int64 `(B,)`
@@ -209,6 +212,7 @@ def batch_invariance(
         if n: w = w+(near[index][:, :, None]==index).any(1)/(near.shape[1]+1)
         return -(w*logp).sum(1).mean()
 
+# %% ../../nbs/methods/40_ecn.ipynb #ba29be09
 class _Groups(PlannedSampler): # Each crop twice, and its nearest rows; then the next
     def __init__(self, near, batch_size, seed):
         super().__init__(seed)

@@ -30,6 +30,8 @@ _CAMSTYLE = [f'reidnb.generators.camstyle:CamStyle{k}' for k in ('', 'Settings')
 _SMALL = dict(backbone='small', weights='small', height=128, width=64)
 _SCR_SMALL = _SMALL | dict(height=96, width=48, epochs=12, warmup=1, epoch_of='images', decay='cosine',
                            lr=1e-2, backbone_lr=.1)
+
+# %% ../../nbs/methods/05_registry.ipynb #df997eb3
 RECIPES = { # Name -> recipe
     'baseline': Recipe(*_methods('baseline', 'Baseline')),
     'baseline-small': Recipe(*_methods('baseline', 'Baseline'), _SMALL | dict(
@@ -54,13 +56,14 @@ RECIPES = { # Name -> recipe
     'spcl': Recipe(*_methods('proxies', 'SpCL')),
     'cap': Recipe(*_methods('proxies', 'CAP')),
     'ecn': Recipe(*_methods('ecn', 'ECN')),
+    'ecn-msmt': Recipe(*_methods('ecn', 'ECN'), dict(erase=0.)),   # of the code, where the target is MSMT17
     'ecn-small': Recipe(*_methods('ecn', 'ECN'), _SMALL | dict(
         weights='attributes', epochs=8, steps=(6,), batch_size=32, embedding=512, frozen_stages=1, lr=.05,
         neighbours_from=2)),
     'camstyle': Recipe(*_CAMSTYLE),
     'camstyle-small': Recipe(*_CAMSTYLE, dict(
-        height=64, width=32, layers=4, channels=32, blocks=3, residual=True,
-        epochs=40, lr=3e-4)),
+        height=64, width=32, layers=4, channels=16, blocks=2, residual=True, epochs=40, lr=5e-4, n_critic=2,
+        classify=.3)),
 }
 
 # %% ../../nbs/methods/05_registry.ipynb #cc98e533

@@ -51,6 +51,7 @@ class Method(Trainable):
     training_only:tuple[str, ...] = () # Beginnings of state names that a model file leaves out
     feature_dtype:torch.dtype = torch.float32 # How features are kept between `embed` and `distance`
     similarity_scale:Literal['relative','probability'] = 'relative' # What one minus `distance` means
+    has_features = property(lambda s: type(s).embed is not Method.embed, doc="False: it makes pictures")
     normalised:bool = True # Whether `embed` reads crops without ImageNet's mean; False: pixels in `[0,1]`
     def __init__(self,
         settings:Settings, # Settings of the method
@@ -136,11 +137,6 @@ def size(self:Method)->tuple[int,int]: # Height and width, pixels
     return self.settings.height, self.settings.width
 
 @patch(as_prop=True)
-def has_features(self:Method)->bool: # False: it makes pictures, or something else that is not searched
-    "Whether crops can be compared by it"
-    return type(self).embed is not Method.embed
-
-@patch(as_prop=True)
 def is_cosine(self:Method)->bool: # True: a search may use the faster ways that cosines allow
     "Whether `distance` is the cosine distance"
     return type(self).distance is Method.distance
@@ -188,6 +184,7 @@ def loader(self:Method,
     del kept[:-4]   # a transform made anew for each epoch must not keep all of them
     return kept[-1][-1]
 
+# %% ../../nbs/training/10_method.ipynb #eeab3935
 @patch
 def batches(self:Method,
     loader:EpochLoader, # What `loader` returned

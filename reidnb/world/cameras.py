@@ -71,7 +71,7 @@ class CameraLook:
     def with_style(self,
         camera:int, # Row of the camera whose style all get, from 0
     )->'CameraLook': # Cameras that hang where they hung
-        "Electronics and light of one camera in the place of every other; place, lens and things in the way stay"
+        "Electronics and light of one camera in the place of every other's; place and lens stay"
         if not 0<=camera<len(self): raise ValueError(f'camera {camera} of {len(self)}: from 0')
         own = 'white gain gamma saturation contrast haze blur noise rows quality sun light'.split()
         one = lambda t: t[camera].expand_as(t)

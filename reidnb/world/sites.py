@@ -211,7 +211,7 @@ def projection(
     yaw, phase = t(plan.ground[:, 2]) + t(turn), t(plan.ground[:, 3])
     return body_projection(people, torch.as_tensor(plan.person), phase, yaw, height, width)
 
-# %% ../../nbs/world/50_sites.ipynb #b4b16243
+# %% ../../nbs/world/50_sites.ipynb #451887c3
 def under_camera(
     crops:Crops, # A table made by `make_site`
     camera:int, # Camera of that site, from 0
