@@ -27,7 +27,8 @@ def settings_of(name):
     small = small_settings(cls)
     return cls, type(s)(**kept | {k: getattr(small, k) for k in small.__dataclass_fields__
                                   if k in ('height', 'width', 'epochs', 'iterations', 'p', 'k', 'batch_size', 'k1', 'k2', 'eps')}
-                        | dict(backbone='small', weights='none', lr=1e-3, warmup=0, steps=(), decay='none') | CHANGES[name])
+                        | {k: v for k, v in dict(backbone='small', weights='none', lr=1e-3, warmup=0, steps=(), decay='none').items() if k in kept}
+                        | CHANGES[name])
 
 
 def test_every_method_has_a_small_recipe_here():

@@ -43,8 +43,8 @@ class CamStyleSettings(Settings):
     epochs:Count=200 # Epochs; the rate falls in the second half
     iterations:Whole=0 # Batches an epoch; 0: one pass over the crops
     batch_size:Count=16 # Crops in a batch
-    height:Count=128 # Height of the pictures, pixels, a multiple of `2**layers`
-    width:Count=64 # Width of the pictures, pixels, a multiple of `2**layers`
+    height:Count=128 # Height of the pictures, pixels, a multiple of 4 and of `2**layers`
+    width:Count=64 # Width of the pictures, pixels, likewise
     lr:NotNegative=1e-4 # Learning rate of both networks
     betas:tuple[Share, Share]=(.5, .999) # Keep rates of Adam's two moments
     weight_decay:NotNegative=0. # L2 penalty
@@ -54,16 +54,21 @@ class CamStyleSettings(Settings):
     cycle:NotNegative=10. # Weight of the way there and back
     channels:Count=64 # Channels of both networks at full size
     blocks:Count=6 # Residual blocks of the generator
-    layers:Count=6 # Layers of the critic, each halves the picture
+    layers:Whole=0 # Layers of the critic, each halves the picture; 0: as many as the size allows, up to 6
     residual:bool=False # The generator begins with the picture itself (ours, for short runs)
     flip:Part=.5 # Probability of a mirror image
 
     def check(self): # Nothing; raises where two fields do not go together
         super().check()
-        least = max(4, 2**self.layers)
+        least = max(4, 2**(self.layers or 2))
         if self.height%least or self.width%least: raise ValueError(
             f'{self.height}x{self.width} pixels with layers={self.layers}: both sides must be multiples of '
             f'{least}; set layers lower')
+
+    @property
+    def halvings(self)->int: # 2 to 6, unless `layers` says otherwise
+        "Layers of the critic"
+        return self.layers or min(6, *((n & -n).bit_length()-1 for n in (self.height, self.width)))
 
 # %% ../../nbs/generators/10_camstyle.ipynb #1a998070
 class StyleItems(BatchDataset):
@@ -107,7 +112,7 @@ class CamStyle(Method):
         self.generator = StyleGenerator(len(cams), s.channels, s.blocks, s.residual)
         self.register_buffer('cameras', torch.from_numpy(cams))
         if crops is None: return
-        self.critic = StyleCritic(len(cams), self.size, s.channels, s.layers)
+        self.critic = StyleCritic(len(cams), self.size, s.channels, s.halvings)
         self.register_buffer('own', torch.from_numpy(np.searchsorted(cams, crops.cams)), persistent=False)
         sampler = ShuffleSampler(len(crops), s.batch_size, seed=s.seed)
         if s.iterations: sampler = FixedLength(sampler, s.iterations)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ECNSettings', 'ecn_transform', 'ECN', 'batch_invariance']
 
-# %% ../../nbs/methods/40_ecn.ipynb #f50c1e36
+# %% ../../nbs/methods/40_ecn.ipynb #2697e3e4
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +31,7 @@ from ..training.labelling import shared_features
 from ..training.method import Batch, Method
 from ..training.settings import Count, EncoderSettings, Part, Positive, Share, Whole
 
-# %% ../../nbs/methods/40_ecn.ipynb #85d6cc59
+# %% ../../nbs/methods/40_ecn.ipynb #d388b84e
 @dataclass(frozen=True)
 class ECNSettings(EncoderSettings):
     "Settings of ECN (ECN section 4.2); where paper and code differ, the code's"
@@ -41,7 +41,7 @@ class ECNSettings(EncoderSettings):
     lr:float=.1 # Learning rate of the new layers
     backbone_lr:float=.1 # Learning rate of the backbone, a ratio of `lr`
     last_stride:Literal[1,2]=2 # Stride of the last stage
-    frozen_stages:Whole=3 # First stages that never change: stem, layer1, layer2
+    frozen_stages:Whole=3 # First stages that never change, to save memory: stem, layer1, layer2
     batch_size:Count=128 # Crops of the source in a batch, and as many of the target
     iterations:Whole=0 # Batches an epoch; 0: one pass over the source
     embedding:Count=4096 # Channels of the embedding that memory and classifier read
@@ -59,7 +59,7 @@ class ECNSettings(EncoderSettings):
     flip:Part=.5 # Probability of a mirror image
     erase:Part=.5 # Probability of erasing; the code has 0 where the target is MSMT17
 
-# %% ../../nbs/methods/40_ecn.ipynb #90e1697a
+# %% ../../nbs/methods/40_ecn.ipynb #b92e47b1
 def ecn_transform(
     s:ECNSettings, # Size, smallest cut, mirror, erasing
 )->T.Compose: # PIL image RGB -> float32 `(3,H,W)`
@@ -69,7 +69,7 @@ def ecn_transform(
              T.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD), inplace=True)]
     return T.Compose(steps+[RandomErasing(s.erase, (.02, .2), (.3, 3.))]*bool(s.erase))
 
-# %% ../../nbs/methods/40_ecn.ipynb #1aae4615
+# %% ../../nbs/methods/40_ecn.ipynb #04856481
 class ECN(Method):
     "Exemplar, camera and neighbourhood invariance of a target beside the people of a source (ECN section 3)"
     training_only = 'embedding.', 'classifier.', 'memory.', 'near'
@@ -88,8 +88,8 @@ class ECN(Method):
             self.classifier = Classifier(s.embedding, source.n_ids, bias=True)
             self.register_buffer('labels', torch.from_numpy(source.labels()), persistent=False)
         if s.weight and s.memory=='exemplar': self.memory = ExemplarMemory(len(crops), s.embedding)
-        k = min(s.neighbours, len(crops))
-        if s.weight and s.memory=='batch': self.register_buffer('near', torch.zeros(len(crops), k-1).long())
+        if s.weight and s.memory=='batch': # rows near each row, without itself; found in each epoch
+            self.register_buffer('near', torch.zeros(len(crops), min(s.neighbours, len(crops))-1).long())
         self.freeze(*[f'encoder.backbone.{k}' for stage in net.stages[:s.frozen_stages] for k in stage])
         self.transform, self.items = ecn_transform(s), _items(s, crops, ecn_transform(s))
 
@@ -99,13 +99,13 @@ class ECN(Method):
         "Pooled feature of unit length; the embedding of training is not used"
         return self.encoder.embed(images)
 
-# %% ../../nbs/methods/40_ecn.ipynb #d5c45938
+# %% ../../nbs/methods/40_ecn.ipynb #074a63e5
 def _check_tables(s, crops, source): # Raises with what is missing
     "Whether the tables carry what the settings ask for"
     if s.weight<1 and (source is None or source.n_ids<2):
-        named = source is not None and crops.n_ids>1
-        raise ValueError('ECN needs a source: labelled crops of at least 2 people (--source), or weight=1 for '
-                         'the target alone'+'; the target has people, are target and source swapped?'*named)
+        what = 'ECN needs a source: labelled crops of at least 2 people (--source), or weight=1: target alone'
+        if source is not None and crops.n_ids>1: what += '; the target has people, are the two swapped?'
+        raise ValueError(what)
     for table in [crops]*bool(s.weight) + [source]*(s.weight<1):
         n, least = int((table.pids>0).sum()) if table is source else len(table), 2*rank_size()[1]
         if n<least: raise ValueError(f'{n} crops in {table.name!r}: batch norm needs at least {least}')
@@ -120,9 +120,10 @@ def _items(s, crops, transform): # Items of the target, styled where there are f
     if not s.weight or 'c' not in s.invariances: return None
     fakes = open_fakes(s.styles.format((crops.dataset or crops.name).replace(':', '-')), crops)
     if fakes is None: warnings.warn("styles='none': no fakes, so camera invariance has nothing to compare")
-    return fakes and CamStyleDataset(crops, transform, fakes, seed=s.seed, tell=True)
+    if fakes is None: return None
+    return CamStyleDataset(crops, transform, fakes, seed=s.seed, tell=True)
 
-# %% ../../nbs/methods/40_ecn.ipynb #25ff162b
+# %% ../../nbs/methods/40_ecn.ipynb #a186b533
 @patch
 def loss(self:ECN,
     batch:Batch, # Crops of the target, with the source beside them; with weight 0 crops of the source
@@ -136,7 +137,7 @@ def loss(self:ECN,
     if s.weight: terms['target'] = s.weight*self.target(batch)
     return terms
 
-# %% ../../nbs/methods/40_ecn.ipynb #7ae4ae1d
+# %% ../../nbs/methods/40_ecn.ipynb #1fbe164f
 @patch
 def target(self:ECN,
     batch:Batch, # Crops of the target; `extra['fake']` says which are fakes
@@ -158,7 +159,7 @@ def after_batch(self:ECN,
     if (f := batch.kept.get('features')) is None: return
     self.memory.update(f, batch.index, keep=keep_schedule(self.n, self.settings.keep_rate))
 
-# %% ../../nbs/methods/40_ecn.ipynb #58349952
+# %% ../../nbs/methods/40_ecn.ipynb #53b87262
 @patch
 def epoch(self:ECN,
     n:int, # Epoch, from 0
@@ -188,7 +189,7 @@ def look(self:ECN,
     pids = torch.from_numpy(self.crops.pids)
     return out | {'neighbours': float((pids[near]==pids[some, None]).float().mean())}
 
-# %% ../../nbs/methods/40_ecn.ipynb #dfa38383
+# %% ../../nbs/methods/40_ecn.ipynb #26c81657
 def batch_invariance(
     f:Tensor, # Features of this process, `(B,D)`
     index:Tensor, # Row of each in the target, int64 `(B,)`
@@ -212,7 +213,7 @@ def batch_invariance(
         if n: w = w+(near[index][:, :, None]==index).any(1)/(near.shape[1]+1)
         return -(w*logp).sum(1).mean()
 
-# %% ../../nbs/methods/40_ecn.ipynb #ba29be09
+# %% ../../nbs/methods/40_ecn.ipynb #3bd39834
 class _Groups(PlannedSampler): # Each crop twice, and its nearest rows; then the next
     def __init__(self, near, batch_size, seed):
         super().__init__(seed)
@@ -222,7 +223,7 @@ class _Groups(PlannedSampler): # Each crop twice, and its nearest rows; then the
     def plan(self, rng):
         rows = rng.permutation(len(self.near))
         n = max(self.each, len(rows)//self.each*self.each)
-        group = np.concatenate([rows[:, None], rows[:, None], self.near[rows]], 1)
+        group = np.concatenate([rows[:, None], rows[:, None], self.near[rows]], 1)   # a crop with its company
         return list(np.resize(group, (n, group.shape[1])).reshape(-1, self.each*group.shape[1]))
 
 @patch
@@ -231,6 +232,6 @@ def groups(self:ECN,
     "Find the nearest rows of each crop; batches of crops with them"
     s = self.settings
     f = shared_features(self.encoder, self.crops, height=s.height, width=s.width, workers=s.workers)
-    self.train(self.training)
-    self.near = knn(f, k=min(s.neighbours, len(f))).index[:, 1:].to(self.near.device)   # the first is itself
+    self.train(self.training)   # looking for features left the frozen stages in training mode
+    self.near = knn(f.to(self.near.device), k=min(s.neighbours, len(f))).index[:, 1:]   # the first is itself
     return _Groups(self.near.cpu().numpy(), s.batch_size, s.seed)
