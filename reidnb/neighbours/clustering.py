@@ -10,6 +10,7 @@ __all__ = ['SAME', 'dbscan', 'eps_from_rho', 'cluster_stats', 'k_distances', 'su
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 import scipy.sparse as sp
@@ -302,15 +303,14 @@ def agglomerative(
     *,
     threshold:float|None=None, # Or: join while the distance is at most this (scikit-learn: below it)
     linkage:str='average', # Or 'complete', 'single', 'weighted'
+    overwrite:bool=False, # The memory of a float32 matrix may be used, what it holds is lost
 )->np.ndarray: # Labels, int64 `(N,)`, numbered in the order of the table
     "Agglomerative clustering of given distances (IICS, section 3.2; average linkage)"
     n = len(dist)
     if tuple(dist.shape)!=(n, n): raise ValueError(f'distances are {tuple(dist.shape)}: not square')
     if (n_clusters is None)==(threshold is None): raise ValueError('give either n_clusters or threshold')
     if n<2: return np.zeros(n, np.int64)
-    d, at = np.empty(n*(n-1)//2), 0
-    for i in range(n-1):
-        d[at:at+n-1-i] = dist[i,i+1:]; at += n-1-i
+    d = _condensed(dist, overwrite)
     if not np.isfinite(d).all(): raise ValueError('distances hold NaN or infinity')
     joins = _linkage(np.maximum(d, 0, out=d), linkage)
     if n_clusters is None: k = np.searchsorted(joins[:,2], threshold*(1+4*n*2.**-53), 'right')
@@ -320,6 +320,19 @@ def agglomerative(
     return _in_order(connected_components(tree, directed=False)[1][:n])
 
 # %% ../../nbs/neighbours/30_clustering.ipynb #020b5431
+def _condensed(dist, overwrite):
+    "The upper triangle as a vector, float64, in the memory of the matrix where that may be"
+    n, d = len(dist), None
+    if overwrite and isinstance(dist, torch.Tensor) and dist.device.type=='cpu': dist = dist.detach().numpy()
+    fits = isinstance(dist, np.ndarray) and dist.dtype==np.float32 and dist.flags.c_contiguous
+    if overwrite and fits and dist.flags.writeable and not dist.ctypes.data%8:
+        d = dist.reshape(-1)[:n*(n-1)].view(np.float64)
+    if d is None: d = np.empty(n*(n-1)//2)
+    for i in range(n-2, -1, -1):
+        at, row = i*n-i*(i+1)//2, dist[i,i+1:]
+        d[at:at+n-1-i] = row.copy() if fits else row
+    return d
+
 def _in_order(y):
     "Labels renumbered by first appearance"
     _, first, inverse = np.unique(y, return_index=True, return_inverse=True)
@@ -331,6 +344,7 @@ def per_camera(
     cams, # Camera of each crop, `(N,)`; below 0: unknown, left out
     *,
     clusters:int=600, # Groups of a camera that has crops enough
+    threshold:float|None=None, # Or: join up to this distance, as in `agglomerative`
     linkage:str='average', # As in `agglomerative`
 )->tuple: # Labels inside each camera, int64 `(N,)`, `-1` where unknown; dict camera -> groups
     "Agglomerative clustering of each camera alone"
@@ -340,7 +354,9 @@ def per_camera(
     for c in np.unique(cams[cams>=0]):
         rows = np.flatnonzero(cams==c)
         d = dist(rows) if callable(dist) else dist[rows][:,rows]
-        y[rows] = agglomerative(d, min(clusters, max(1, len(rows)//2)), linkage=linkage)
+        many = min(clusters, max(1, len(rows)//2)) if threshold is None else None
+        y[rows] = agglomerative(d, many, threshold=threshold, linkage=linkage,
+                                overwrite=not callable(dist))
         counts[int(c)] = int(y[rows].max())+1
     return y, counts
 
@@ -364,8 +380,9 @@ def kmeans(
     return _in_order(model.index.search(x, 1)[1][:,0])
 
 # %% ../../nbs/neighbours/30_clustering.ipynb #f8bd1311
-def _minima(a, b):
+def _minima(a, b, by_faiss=True):
     "Sum of the minima of every row of `a` with every row of `b`, numpy, tile by tile"
+    if by_faiss and a.dtype==np.float32 and find_spec('faiss'): return _minima_faiss(a, b)
     out = np.zeros((len(a), len(b)), a.dtype)
     for r in range(0, len(b), 64):
         for k in range(0, a.shape[1], 900):
@@ -373,6 +390,17 @@ def _minima(a, b):
             for i in range(len(a)): out[i,r:r+64] += np.einsum('ij->i', np.minimum(y, a[i,k:k+900], out=low))
     return out
 
+def _minima_faiss(a, b):
+    "The same from the L1 distances of faiss, in one thread"
+    import faiss
+    faiss.omp_set_num_threads(1)   # of the thread that calls: the blocks are shared out among threads
+    a, b, out = np.ascontiguousarray(a), np.ascontiguousarray(b), np.empty((len(a), len(b)), np.float32)
+    for r in range(0, len(b), 32):
+        out[:,r:r+32] = faiss.pairwise_distances(a, b[r:r+32], metric=faiss.METRIC_L1)
+    np.subtract(a.sum(1)[:,None]+b.sum(1), out, out=out)
+    return np.maximum(out, 0, out=out)/2
+
+# %% ../../nbs/neighbours/30_clustering.ipynb #884ecb62
 def _dense_sums(s, t=None, step=512):
     "Sums of the minima of rows of `s` and `t`, or of all pairs of `s`, each once; a thread a block"
     own, t = t is None, s if t is None else t
@@ -445,6 +473,7 @@ def inter_camera_distance(
     mu:float=.02, # Weight of the scores
     *,
     across:bool=True, # Only pairs of different cameras; False: all pairs
+    shared:Tensor|None=None, # Overlap of the scores computed before, `(N,N)` float32; its memory is used
     **options, # For `score_overlap`: `tol`, `engine`
 )->Tensor: # `1-cos-mu*overlap`, `(N,N)`, at least `-mu`
     "Distance that scores of all cameras' classifiers shorten (IICS eq. 5)"
@@ -452,7 +481,7 @@ def inter_camera_distance(
         raise ValueError(f'{len(f)} features, {len(scores)} scores, {len(cams)} cameras: one row a crop')
     f, c = F.normalize(f.float(), dim=1), torch.as_tensor(np.asarray(cams), device=f.device)
     if mu==0 or across and len(c[c>=0].unique())<2: out = f.new_zeros(len(f), len(f))
-    else: out = score_overlap(scores, **options).to(f.device, f.dtype).mul_(-mu)
+    else: out = (score_overlap(scores, **options) if shared is None else shared).to(f).mul_(-mu)
     for a in range(0, len(f), 512):
         own, part = c[a:a+512,None], out[a:a+512]
         if across: part.masked_fill_((own==c) | (own<0) | (c<0), 0)

@@ -153,6 +153,7 @@ def extract(self:Method,
 # %% ../../nbs/training/10_method.ipynb #a7c2184a
 @patch
 def new_backbone(self:Method,
+    norms:dict|None=None, # For `convert_norms`, where the settings ask for other norms: `stages`, `share` ...
     **kwargs, # For `make_backbone`, e.g. `cut_at`
 )->Backbone: # Images `(B,3,H,W)` -> map `(B,C,h,w)`
     "The backbone that the settings name, its norms converted and its weights loaded"
@@ -161,7 +162,7 @@ def new_backbone(self:Method,
     converted = s.norm!='bn' and weights not in (None, 'imagenet', *PACKAGED) # by a file of that network
     kwargs = dict(last_stride=s.last_stride) | kwargs
     net = make_backbone(s.backbone, weights=None if converted else weights, **kwargs)
-    if s.norm!='bn': convert_norms(net, s.norm)
+    if s.norm!='bn': convert_norms(net, s.norm, **norms or {})
     if converted: net.report = load_weights(net, weights)
     return net
 
