@@ -5,4 +5,4 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'people': 'sample_people People',
     'rendering': 'render',
     'plans': 'SITES plan_site',
-    'sites': 'make_site people_of truth under_camera projection write_market'})
+    'sites': 'make_site people_of truth under_camera recolour projection write_market'})
