@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = _face(__name__, {
     'qaconv': 'QAConv QAConvSettings explore_matches',
     'scr': 'SCR SCRSettings',
     'ecn': 'ECN ECNSettings',
+    'iics': 'IICS IICSSettings',
     'proxies': 'SpCL SpCLSettings CAP CAPSettings',
     'ice': 'ICE ICESettings'})

@@ -63,7 +63,7 @@ RECIPES = { # Name -> recipe
     'iics': Recipe(*_methods('iics', 'IICS')),
     'iics-msmt': Recipe(*_methods('iics', 'IICS'), dict(epochs=560, intra_epochs=12, inter_clusters=1200)),
     'iics-small': Recipe(*_methods('iics', 'IICS'), _SMALL | dict(
-        weights='attributes', epochs=12, iterations=25, intra_clusters=40, inter_clusters=100, k1=12, pad=5)),
+        weights='attributes', epochs=12, iterations=25, intra_clusters=60, inter_clusters=130, mu=.2, pad=5)),
     'camstyle': Recipe(*_CAMSTYLE),
     'camstyle-small': Recipe(*_CAMSTYLE, dict(
         height=64, width=32, layers=4, channels=16, blocks=2, residual=True, epochs=40, lr=5e-4, n_critic=2,
