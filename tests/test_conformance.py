@@ -18,7 +18,7 @@ CHANGES = {
     'baseline-small': {}, 'qaconv-small': dict(epochs=2), 'scr-small': dict(epochs=2, height=96, width=48),
     'pcb-small': dict(epochs=2, height=96, width=48), 'ice-small': dict(keep=.9), 'spcl': {}, 'cap': dict(inter_from=1),
     'ecn-small': dict(embedding=32, neighbours=3, neighbours_from=1, styles='histogram'), 'ecn': dict(embedding=32, neighbours=3, memory='batch', frozen_stages=1),
-    'iics-small': dict(intra_epochs=1, inter_epochs=1, per_camera=4, intra_clusters=6, inter_clusters=8), 'iics': dict(intra_epochs=1, inter_epochs=1, per_camera=4, intra_clusters=6, inter_clusters=8, norm_share='none', mirror=False),
+    'iics-small': dict(intra_epochs=1, inter_epochs=1, per_camera=4, intra_clusters=6, inter_clusters=8),
     'camstyle-small': dict(channels=4, blocks=1, n_critic=2)}
 
 

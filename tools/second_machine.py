@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOT_NUMERIC = {'ablations', 'bench', 'cli', 'collector', 'comparisons', 'conformance', 'datasets', 'datasets_property', 'house',
                'launch', 'loop_faults', 'report', 'site', 'viz'}
 
-ONE_MACHINE = ('killed', 'same_bytes', 'full_sizes', 'processes_agree', 'loader_processes', 'every_switch', 'from_folders')
+ONE_MACHINE = ('killed', 'same_bytes', 'full_sizes', 'processes_agree', 'loader_processes', 'every_switch')
 
 
 def plain_kernels():
